@@ -1,0 +1,60 @@
+# make demo   set up, then the whole main job on a real model (at most 6 minutes on 2 cores)
+# make test   set up, then lint, types, contracts and every test
+# make setup  only set up
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test setup lint stubs check-stubs lock
+.DEFAULT_GOAL := test
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/swarm demo --out demo
+
+test: $(STAMP) lint
+	$(PY) -m pytest tests
+
+lint: $(STAMP) check-stubs
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# Everything in the lock is installed by hash and without resolving, so that the data packages
+# bring none of their own dependencies; torch's CUDA libraries, which only its GPU builds
+# require, are then completed by pip from torch's own exact pins.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@[ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ] || \
+		{ echo "The libp2p daemon is an x86-64 Linux binary: use Docker (deploy/docker) or WSL2."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Generated protobuf modules live where Python finds them (swarm.wire.v1); the .proto files
+# keep the protocol's own package name (swarm.v1).
+define GENERATE
+mkdir -p $(1)/raw && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m grpc_tools.protoc -Iproto \
+	--python_out=$(1)/raw --mypy_out=quiet:$(1)/raw proto/swarm/v1/*.proto
+sed -i -E 's/^(from|import) swarm\.v1/\1 swarm.wire.v1/' $(1)/raw/swarm/v1/*_pb2.py $(1)/raw/swarm/v1/*_pb2.pyi
+endef
+
+stubs: $(STAMP)
+	@rm -rf build/stubs
+	$(call GENERATE,build/stubs)
+	cp build/stubs/raw/swarm/v1/*_pb2.py build/stubs/raw/swarm/v1/*_pb2.pyi swarm/wire/v1/
+
+check-stubs: $(STAMP)
+	@rm -rf build/stubs
+	@$(call GENERATE,build/stubs)
+	@for f in build/stubs/raw/swarm/v1/*; do cmp -s $$f swarm/wire/v1/$$(basename $$f) || \
+		{ echo "swarm/wire/v1/$$(basename $$f) is stale: run make stubs"; exit 1; }; done
+
+lock:
+	$(PY) deploy/lock.py
