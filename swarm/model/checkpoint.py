@@ -1,0 +1,195 @@
+"""What a checkpoint is: a configuration, a table of tensors, and a hash that names both.
+
+Reads a Hugging Face checkpoint folder or hub id. Only JSON files and safetensors headers are read
+until `load` asks for tensors by name; on the hub only the files that hold them are downloaded
+(`HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are honoured by huggingface_hub). Nothing is ever
+unpickled and no code of a checkpoint is run.
+
+`model_hash` is the SHA-256 of the configuration, every tensor's name, dtype and shape, and the first
+bytes of each of a fixed sample of tensors: any process computes it without reading the weights,
+and another revision or fine-tune of the same architecture gets another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from swarm.errors import CorruptData, ModelNotFound, UnsupportedModel
+
+_MAX_HEADER_BYTES = 64 * 1024 * 1024
+_SAMPLED_TENSORS = 64
+_SAMPLED_BYTES = 64
+_VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """First byte within the file."""
+    size: int
+
+
+class Checkpoint:
+    """One base model at one revision. Make with `open`."""
+
+    def __init__(
+        self, name: str, revision: str, folder: Path | None, config: Any, tensors: dict[str, TensorEntry], raw: Any
+    ) -> None:
+        self.name = name
+        self.revision = revision
+        self.config = config
+        self.tensors = tensors
+        self._folder = folder
+        self.model_hash = self._fingerprint(raw)
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """Open a folder or a hub id. Raises ModelNotFound, UnsupportedModel, CorruptData."""
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return cls._open_folder(folder.resolve())
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ModelNotFound(f"there is no checkpoint folder {model}")
+        return cls._open_hub(model, revision)
+
+    @classmethod
+    def _open_folder(cls, folder: Path) -> Checkpoint:
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise ModelNotFound(f"{folder} holds no config.json")
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            raise ModelNotFound(f"{folder} holds no *.safetensors file")
+        tensors: dict[str, TensorEntry] = {}
+        for file in files:
+            tensors.update(_read_header(folder / file))
+        raw, config = _read_config(config_path)
+        return cls(str(folder), "local", folder, config, tensors, raw)
+
+    @classmethod
+    def _open_hub(cls, model: str, revision: str | None) -> Checkpoint:
+        try:
+            api = HfApi()
+            commit = api.model_info(model, revision=revision).sha
+            config_path = Path(hf_hub_download(model, "config.json", revision=commit))
+            metadata = api.get_safetensors_metadata(model, revision=commit)
+        except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
+            raise ModelNotFound(f"'{model}' is neither a folder nor a model on the hub") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise ModelNotFound(
+                f"'{model}' is not a folder, and the hub cannot be reached to look for it",
+                "give a checkpoint folder, or check the network, HF_ENDPOINT and HF_TOKEN",
+            ) from error
+        tensors = {}
+        for file, header in metadata.files_metadata.items():
+            for name, info in header.tensors.items():
+                start, end = info.data_offsets
+                # Offsets count from the end of the header, whose length this API does not tell.
+                tensors[name] = TensorEntry(file, info.dtype, tuple(info.shape), start, end - start)
+        raw, config = _read_config(config_path)
+        return cls(model, str(commit), None, config, tensors, raw)
+
+    def _fingerprint(self, raw: dict[str, Any]) -> bytes:
+        digest = hashlib.sha256(b"swarm-model-v1")
+        stable = {key: value for key, value in raw.items() if key not in _VOLATILE_KEYS}
+        digest.update(json.dumps(stable, sort_keys=True).encode())
+        names = sorted(self.tensors)
+        for name in names:
+            entry = self.tensors[name]
+            digest.update(f"{name}|{entry.dtype}|{entry.shape}\n".encode())
+        step = max(1, len(names) // _SAMPLED_TENSORS)
+        for name in names[::step]:
+            digest.update(self._first_bytes(self.tensors[name]))
+        return digest.digest()
+
+    def _first_bytes(self, entry: TensorEntry) -> bytes:
+        length = min(_SAMPLED_BYTES, entry.size)
+        if self._folder is not None:
+            with (self._folder / entry.file).open("rb") as file:
+                file.seek(entry.offset)
+                return file.read(length)
+        hub = HfFileSystem()
+        path = f"{self.name}@{self.revision}/{entry.file}"
+        data_start = 8 + struct.unpack("<Q", hub.cat_file(path, start=0, end=8))[0]
+        return bytes(hub.cat_file(path, start=data_start + entry.offset, end=data_start + entry.offset + length))
+
+    def load(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """Read tensors by name. Raises UnsupportedModel (a name is missing), CorruptData."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            entry = self.tensors.get(name)
+            if entry is None:
+                raise UnsupportedModel(f"the checkpoint {self.name} has no tensor '{name}'")
+            by_file.setdefault(entry.file, []).append(name)
+        loaded = {}
+        for file, wanted in by_file.items():
+            if self._folder is not None:
+                path = self._folder / file
+            else:
+                path = Path(hf_hub_download(self.name, file, revision=self.revision))
+            try:
+                with safe_open(str(path), framework="pt") as reader:
+                    for name in wanted:
+                        loaded[name] = reader.get_tensor(name).to(device=device, dtype=dtype)
+            except (SafetensorError, OSError) as error:
+                raise CorruptData(f"cannot read {path}: {error}") from error
+        return loaded
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer. Raises ModelNotFound."""
+        source = str(self._folder) if self._folder is not None else self.name
+        revision = {} if self._folder is not None else {"revision": self.revision}
+        try:
+            return AutoTokenizer.from_pretrained(source, **revision)
+        except (OSError, ValueError) as error:
+            raise ModelNotFound(f"{self.name} holds no tokenizer that can be read") from error
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or "auto_map" in raw:
+            raise UnsupportedModel(f"{path} asks for code of its own, which is never run here")
+        return raw, AutoConfig.from_pretrained(str(path.parent))
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"cannot use the configuration {path}: {error}") from error
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensor table at the start of a safetensors file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER_BYTES, size - 8):
+                raise CorruptData(f"{path} announces a header of {length} bytes")
+            header = json.loads(file.read(length))
+        entries = {}
+        for name, info in header.items():
+            if name != "__metadata__":
+                start, end = info["data_offsets"]
+                if not 0 <= start <= end <= size - 8 - length:
+                    raise CorruptData(f"{path} is cut off: '{name}' ends beyond the file")
+                entries[name] = TensorEntry(
+                    path.name, info["dtype"], tuple(info["shape"]), 8 + length + start, end - start
+                )
+        return entries
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise CorruptData(f"{path} is not a safetensors file: {error}") from error

@@ -1,0 +1,1 @@
+"""The wire: generated messages (`v1`), tensor framing, bounded decompression, signed gRPC."""
