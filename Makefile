@@ -1,9 +1,11 @@
 # make demo   set up, then the whole main job on a real model (at most 6 minutes on 2 cores)
 # make test   set up, then lint, types, contracts and every test
 # make setup  only set up
+# make stubs  regenerate swarm/wire/v1 from proto/        make lock  regenerate requirements.lock
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test setup lint stubs check-stubs lock
@@ -24,17 +26,22 @@ lint: $(STAMP) check-stubs
 	$(VENV)/bin/lint-imports
 
 # Everything in the lock is installed by hash and without resolving, so that the data packages
-# bring none of their own dependencies; torch's CUDA libraries, which only its GPU builds
-# require, are then completed by pip from torch's own exact pins.
+# bring none of their own dependencies. torch goes first and without the index: with hashes, pip
+# prefers the index's build to a local wheel, and a machine with a CPU wheel in pip's find-links
+# wants that one. The CUDA libraries, which only torch's GPU builds require, are completed by pip
+# from torch's own exact pins.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@[ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ] || \
 		{ echo "The libp2p daemon is an x86-64 Linux binary: use Docker (deploy/docker) or WSL2."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --require-hashes --no-deps -r requirements.lock
-	$(PY) -m pip install --quiet torch==2.13.0
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@mkdir -p build && sed -n '/^torch==/,/[^\\]$$/p' requirements.lock > build/torch.lock
+	@$(PIP) --no-index --require-hashes --no-deps -r build/torch.lock 2>/dev/null || \
+		echo "No CPU wheel of torch in pip's find-links: the GPU build comes from the index (several GB)."
+	$(PIP) --require-hashes --no-deps -r requirements.lock
+	$(PIP) torch
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Generated protobuf modules live where Python finds them (swarm.wire.v1); the .proto files
@@ -48,13 +55,14 @@ endef
 stubs: $(STAMP)
 	@rm -rf build/stubs
 	$(call GENERATE,build/stubs)
+	rm -f swarm/wire/v1/*_pb2.py swarm/wire/v1/*_pb2.pyi
 	cp build/stubs/raw/swarm/v1/*_pb2.py build/stubs/raw/swarm/v1/*_pb2.pyi swarm/wire/v1/
 
 check-stubs: $(STAMP)
 	@rm -rf build/stubs
 	@$(call GENERATE,build/stubs)
-	@for f in build/stubs/raw/swarm/v1/*; do cmp -s $$f swarm/wire/v1/$$(basename $$f) || \
-		{ echo "swarm/wire/v1/$$(basename $$f) is stale: run make stubs"; exit 1; }; done
+	@diff -rq -x __init__.py -x __pycache__ build/stubs/raw/swarm/v1 swarm/wire/v1 || \
+		{ echo "swarm/wire/v1 is stale: run make stubs"; exit 1; }
 
 lock:
 	$(PY) deploy/lock.py

@@ -44,6 +44,10 @@ class Placement:
     """What one more pipeline would need, in words."""
 
 
+_Edge = Span | int
+"""A span's nodes, or the step back from that position to the one before."""
+
+
 def form_pipelines(nodes: Iterable[Member], n_blocks: int) -> Placement:
     """Place the nodes. A peer must not occur twice."""
     unused: dict[str, str] = {}
@@ -56,7 +60,8 @@ def form_pipelines(nodes: Iterable[Member], n_blocks: int) -> Placement:
     used = _maximum_flow({span: len(peers) for span, peers in by_span.items()}, n_blocks)
     pipelines = tuple(_pipeline(chain, by_span) for chain in _chains(used, n_blocks))
     left = {span: peers for span, peers in by_span.items() if peers}
-    missing = f"no idle node holds block {ranges_text(missing_blocks(left, n_blocks))}"
+    blocks = missing_blocks(left, n_blocks)
+    missing = f"no idle node holds block{'s' if len(blocks) > 1 else ''} {ranges_text(blocks)}"
     for peers in left.values():
         unused.update(dict.fromkeys(peers, f"{missing}, which another pipeline would need"))
     return Placement(pipelines, unused, missing)
@@ -74,10 +79,6 @@ def _maximum_flow(capacity: Mapping[Span, int], n_blocks: int) -> Counter[Span]:
             else:
                 back[edge] += sign
     return flow
-
-
-_Edge = Span | int
-"""A span's nodes, or the step back from that position to the one before."""
 
 
 def _shortest_path(

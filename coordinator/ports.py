@@ -58,7 +58,10 @@ class AdapterSource(Protocol):
     """What a fine-tuning method trains in this base model. Every method is a pure function."""
 
     def shapes(self, method: LoraMethod) -> dict[str, tuple[int, ...]]:
-        """Every parameter key of a job with its shape. Raises SwarmError if the method does not fit the model."""
+        """Every parameter key of a job with its shape.
+
+        Raises SwarmError if the method does not fit the model.
+        """
         ...
 
     def initial(self, method: LoraMethod, seed: int) -> dict[str, NDArray[np.float32]]:

@@ -48,7 +48,8 @@ def write_codes(codes_RK: NDArray[np.uint8], bits: int) -> bytes:
     padded = np.zeros((rows, -(-kept // per_byte), per_byte), np.uint8)
     padded.reshape(rows, -1)[:, :kept] = codes_RK
     shifts = np.arange(0, 8, field, dtype=np.uint8)
-    return np.bitwise_or.reduce(padded << shifts, axis=2).tobytes()
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(padded << shifts, axis=2)
+    return packed.tobytes()
 
 
 def read_codes(data: bytes, rows: int, kept: int, bits: int) -> NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """How the kept positions within a subset are written down.
 
 In: ascending positions, [rows, kept] out of `subset` places a row. Out: bytes whose symbols have
-skewed frequencies, for zstandard's Huffman stage, and back. Measured on random positions, 4096
-places a chunk: gaps take 1.01 to 1.02 times log2 C(n, k) at densities 1/64 to 1/8; bitmaps 1.01 at
-1/4 and above, where gaps take 1.04 and more.
+skewed frequencies, for zstandard's Huffman stage, and back. Measured on random positions (600
+chunks of 4096, zstandard 1.5.7 at level 1): gaps take 1.01 to 1.02 times log2 C(n, k) at densities
+1/64 to 1/8, and 1.04 at 1/4; bitmaps take 1.04 at 1/8 and at most 1.02 from 1/4 on.
 
 Never trusts what it reads: positions beyond the subset, a wrong number of them and unfinished
 gaps are a CodecError.
@@ -55,8 +55,10 @@ def read_gaps(data: bytes, expected: int) -> NDArray[np.int64]:
     """[expected] gaps from the bytes of `write_gaps`, of any number of rows."""
     written = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(written != ESCAPE)
-    if ends.size != expected or (written.size and ends[-1:] != written.size - 1):
-        raise CodecError(f"the frame holds {ends.size} position gaps where {expected} whole ones are expected")
+    if ends.size != expected or data.endswith(bytes([ESCAPE])):
+        raise CodecError(
+            f"the frame holds {ends.size} position gaps where {expected} whole ones are expected"
+        )
     return np.diff(np.cumsum(written, dtype=np.int64)[ends], prepend=0)
 
 

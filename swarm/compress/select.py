@@ -65,5 +65,6 @@ def top_positions(ranks_RN: NDArray[np.uint32], count: int) -> NDArray[np.int64]
         tied = ranks_RN[crowded] == smallest_kept_R1[crowded]
         places = count - np.count_nonzero(above, axis=1, keepdims=True)
         keep_RN[crowded] = above | (tied & (np.cumsum(tied, axis=1) <= places))
-    flat = np.flatnonzero(keep_RN).reshape(rows, count)
-    return flat - np.arange(rows)[:, None] * length
+    flat_RK: NDArray[np.int64] = np.flatnonzero(keep_RN).reshape(rows, count)
+    flat_RK -= np.arange(rows)[:, None] * length
+    return flat_RK

@@ -1,7 +1,8 @@
 """The one place where compressed bytes are opened: zstandard under a hard cap.
 
 In: bytes from anybody, and the most the caller is willing to hold. Out: the content of exactly
-one zstandard frame (RFC 8878), or a CodecError. Memory stays at the cap plus a constant.
+one zstandard frame (RFC 8878), or a CodecError. Memory stays at the cap plus a constant; a frame
+that is cut short can cost twice the cap until it is refused (measured).
 
 Never: trusts a size it has not compared with the cap, decodes frames that do not state their
 size, skips over bytes, uses dictionaries, or vouches for the content (callers that need
@@ -10,8 +11,8 @@ integrity carry a checksum of their own).
 Why a wrapper: python-zstandard 0.25 ignores `max_output_size` once the frame declares a size
 (32 KiB became 1 GiB under a 1 MiB limit). So the declared size is read first and refused beyond
 the cap. What remains is decoded in one pass straight into a buffer of that size: libzstd stops at
-its end, whatever the blocks hold, and allocates no window. This is tighter than streaming, where
-a window of the sender's choice comes on top of the output.
+its end, whatever the blocks hold, and a whole frame needs no window. This is tighter than
+streaming, where a window of the sender's choice always comes on top of the output.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def decompress(data: bytes | memoryview, *, limit_bytes: int) -> bytes:
             raise CodecError("a compressed frame does not declare its size")
         if header.content_size > limit_bytes:
             raise FrameTooLarge(
-                f"a compressed frame declares {header.content_size} bytes where at most {limit_bytes} are allowed"
+                f"a compressed frame declares {header.content_size} bytes "
+                f"where at most {limit_bytes} are allowed"
             )
         window_cap_bytes = max(limit_bytes, _MIN_WINDOW_BYTES)
         if header.window_size > window_cap_bytes:
@@ -62,7 +64,9 @@ def decompress(data: bytes | memoryview, *, limit_bytes: int) -> bytes:
             return _decompress_empty(decompressor, data)
         content = decompressor.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CodecError(f"compressed data is damaged, cut short or has something after it: {error}") from error
+        raise CodecError(
+            f"compressed data is damaged, cut short or has something after it: {error}"
+        ) from error
     if len(content) != header.content_size:
         raise CodecError(f"a compressed frame declares {header.content_size} bytes and holds {len(content)}")
     return content
@@ -75,5 +79,7 @@ def _decompress_empty(decompressor: zstandard.ZstdDecompressor, data: bytes | me
     # So few bytes hold at most seven blocks of 128 KiB: a constant, though decompressobj has no cap.
     stream = decompressor.decompressobj()
     if stream.decompress(data) or not stream.eof or stream.unused_data:
-        raise CodecError("a compressed frame declares 0 bytes and is cut short, holds more or has something after it")
+        raise CodecError(
+            "a compressed frame declares 0 bytes and is cut short, holds more or has something after it"
+        )
     return b""

@@ -119,12 +119,11 @@ class Open(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     PIPELINE_ID_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    OPENER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     mode: Global___Mode.ValueType
     index: _builtins.int
     """which hop the receiver is"""
-    adapter: _builtins.str
-    """name of a published adapter; empty: the base model"""
     activation_encoding: _builtins.str
     job_id: _builtins.str
     """MODE_TRAIN"""
@@ -132,10 +131,16 @@ class Open(_message.Message):
     """MODE_TRAIN"""
     generation: _builtins.int
     """MODE_TRAIN: which forming of the job's pipelines this chain is of"""
+    opener: _builtins.str
+    """set by each hop for the next: who may attach to the end"""
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     @_builtins.property
     def hops(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Hop]: ...
+    @_builtins.property
+    def adapter(self) -> Global___AdapterRef:
+        """unset: the base model"""
+
     def __init__(
         self,
         *,
@@ -144,19 +149,45 @@ class Open(_message.Message):
         mode: Global___Mode.ValueType = ...,
         hops: _abc.Iterable[_common_pb2.Hop] | None = ...,
         index: _builtins.int = ...,
-        adapter: _builtins.str = ...,
+        adapter: Global___AdapterRef | None = ...,
         activation_encoding: _builtins.str = ...,
         job_id: _builtins.str = ...,
         pipeline_id: _builtins.int = ...,
         generation: _builtins.int = ...,
+        opener: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "adapter", b"adapter", "generation", b"generation", "hello", b"hello", "hops", b"hops", "index", b"index", "job_id", b"job_id", "mode", b"mode", "pipeline_id", b"pipeline_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "adapter", b"adapter", "generation", b"generation", "hello", b"hello", "hops", b"hops", "index", b"index", "job_id", b"job_id", "mode", b"mode", "opener", b"opener", "pipeline_id", b"pipeline_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
+class AdapterRef(_message.Message):
+    """A published adapter, named by the hashes of its files so that every hop runs the same one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        files: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
 
 @_typing.final
 class Opened(_message.Message):

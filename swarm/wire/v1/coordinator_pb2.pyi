@@ -37,7 +37,7 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     VERDICT_ACCEPTED: _Verdict.ValueType  # 2
     VERDICT_CLIPPED: _Verdict.ValueType  # 3
     VERDICT_LATE: _Verdict.ValueType  # 4
-    """the round froze without it; the node puts it back into its residual"""
+    """the round froze without it; its samples are leased again, so its delta is void"""
     VERDICT_REJECTED: _Verdict.ValueType  # 5
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper): ...
@@ -48,7 +48,7 @@ VERDICT_HELD: Verdict.ValueType  # 1
 VERDICT_ACCEPTED: Verdict.ValueType  # 2
 VERDICT_CLIPPED: Verdict.ValueType  # 3
 VERDICT_LATE: Verdict.ValueType  # 4
-"""the round froze without it; the node puts it back into its residual"""
+"""the round froze without it; its samples are leased again, so its delta is void"""
 VERDICT_REJECTED: Verdict.ValueType  # 5
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
@@ -309,14 +309,14 @@ class FinishedAdapter(_message.Message):
     job_id: _builtins.str
     round: _builtins.int
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedBlob]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]: ...
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         job_id: _builtins.str = ...,
         round: _builtins.int = ...,
-        files: _abc.Iterable[Global___NamedBlob] | None = ...,
+        files: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -325,31 +325,6 @@ class FinishedAdapter(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FinishedAdapter: _TypeAlias = FinishedAdapter  # noqa: Y015
-
-@_typing.final
-class NamedBlob(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    SIZE_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    sha256: _builtins.bytes
-    size: _builtins.int
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        sha256: _builtins.bytes = ...,
-        size: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___NamedBlob: _TypeAlias = NamedBlob  # noqa: Y015
 
 @_typing.final
 class LeaseRequest(_message.Message):
@@ -442,6 +417,7 @@ class ContributeRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     round: _builtins.int
     generation: _builtins.int
@@ -452,6 +428,8 @@ class ContributeRequest(_message.Message):
     inner_steps: _builtins.int
     tokens: _builtins.int
     lease_id: _builtins.int
+    loss: _builtins.float
+    """leads: mean training loss over the round's inner steps"""
     @_builtins.property
     def span(self) -> _common_pb2.Span: ...
     def __init__(
@@ -467,12 +445,15 @@ class ContributeRequest(_message.Message):
         tokens: _builtins.int = ...,
         lease_id: _builtins.int = ...,
         span: _common_pb2.Span | None = ...,
+        loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["span", b"span"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___ContributeRequest: _TypeAlias = ContributeRequest  # noqa: Y015
 
@@ -977,7 +958,7 @@ class JobStatus(_message.Message):
     @_builtins.property
     def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainProgress]: ...
     @_builtins.property
-    def adapter(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedBlob]:
+    def adapter(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """files of the newest kept round, in PEFT's layout"""
 
     def __init__(
@@ -997,7 +978,7 @@ class JobStatus(_message.Message):
         ddp_bf16_bytes: _builtins.int = ...,
         history: _abc.Iterable[Global___RoundStatus] | None = ...,
         progress: _abc.Iterable[Global___TrainProgress] | None = ...,
-        adapter: _abc.Iterable[Global___NamedBlob] | None = ...,
+        adapter: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
         adapter_round: _builtins.int = ...,
         spec_json: _builtins.str = ...,
     ) -> None: ...
@@ -1028,7 +1009,7 @@ class RoundStatus(_message.Message):
     contribution_bytes: _builtins.int
     update_bytes: _builtins.int
     loss: _builtins.float
-    """mean training loss that leads reported"""
+    """mean training loss that leads reported; unset before any did"""
     tokens: _builtins.int
     params_hash: _builtins.bytes
     seconds: _builtins.float
@@ -1040,15 +1021,17 @@ class RoundStatus(_message.Message):
         contributions: _builtins.int = ...,
         contribution_bytes: _builtins.int = ...,
         update_bytes: _builtins.int = ...,
-        loss: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
         tokens: _builtins.int = ...,
         params_hash: _builtins.bytes = ...,
         seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from swarm.wire.v1 import common_pb2 as swarm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16swarm/v1/records.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"z\n\nSpanRecord\x12\x1c\n\x04span\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x02 \x03(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"o\n\rAdapterRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\"\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x13.swarm.v1.FileEntry\x12\r\n\x05\x61\x64\x64rs\x18\x05 \x03(\t\"7\n\tFileEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"-\n\x0b\x42lobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"E\n\tBlobReply\x12\x0e\n\x04size\x18\x01 \x01(\x04H\x00\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x42\x06\n\x04kindb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16swarm/v1/records.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"z\n\nSpanRecord\x12\x1c\n\x04span\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x02 \x03(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"o\n\rAdapterRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\"\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x13.swarm.v1.FileEntry\x12\r\n\x05\x61\x64\x64rs\x18\x05 \x03(\t\"\x91\x01\n\tBlobFrame\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x15.swarm.v1.BlobRequestH\x00\x12\x0e\n\x04size\x18\x02 \x01(\x04H\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x12 \n\x05piece\x18\x04 \x01(\x0b\x32\x0f.swarm.v1.PieceH\x00\x42\x06\n\x04kind\"-\n\x0b\x42lobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x07\n\x05Pieceb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPANRECORD']._serialized_end=181
   _globals['_ADAPTERRECORD']._serialized_start=183
   _globals['_ADAPTERRECORD']._serialized_end=294
-  _globals['_FILEENTRY']._serialized_start=296
-  _globals['_FILEENTRY']._serialized_end=351
-  _globals['_BLOBREQUEST']._serialized_start=353
-  _globals['_BLOBREQUEST']._serialized_end=398
-  _globals['_BLOBREPLY']._serialized_start=400
-  _globals['_BLOBREPLY']._serialized_end=469
+  _globals['_BLOBFRAME']._serialized_start=297
+  _globals['_BLOBFRAME']._serialized_end=442
+  _globals['_BLOBREQUEST']._serialized_start=444
+  _globals['_BLOBREQUEST']._serialized_end=489
+  _globals['_PIECE']._serialized_start=491
+  _globals['_PIECE']._serialized_end=498
 # @@protoc_insertion_point(module_scope)

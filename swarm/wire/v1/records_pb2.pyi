@@ -74,7 +74,7 @@ class AdapterRecord(_message.Message):
     job_id: _builtins.str
     round: _builtins.int
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileEntry]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]: ...
     @_builtins.property
     def addrs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -83,7 +83,7 @@ class AdapterRecord(_message.Message):
         name: _builtins.str = ...,
         job_id: _builtins.str = ...,
         round: _builtins.int = ...,
-        files: _abc.Iterable[Global___FileEntry] | None = ...,
+        files: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
         addrs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -95,34 +95,44 @@ class AdapterRecord(_message.Message):
 Global___AdapterRecord: _TypeAlias = AdapterRecord  # noqa: Y015
 
 @_typing.final
-class FileEntry(_message.Message):
+class BlobFrame(_message.Message):
+    """Frames of a libp2p stream of its own: the request, the size (or an error), then pieces."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    sha256: _builtins.bytes
+    ERROR_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     size: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___BlobRequest: ...
+    @_builtins.property
+    def error(self) -> _common_pb2.Error: ...
+    @_builtins.property
+    def piece(self) -> Global___Piece:
+        """the frame's payload is the next piece of the content"""
+
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
-        sha256: _builtins.bytes = ...,
+        request: Global___BlobRequest | None = ...,
         size: _builtins.int = ...,
+        error: _common_pb2.Error | None = ...,
+        piece: Global___Piece | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kind", b"kind", "piece", b"piece", "request", b"request", "size", b"size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kind", b"kind", "piece", b"piece", "request", b"request", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["request", "size", "error", "piece"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
-Global___FileEntry: _TypeAlias = FileEntry  # noqa: Y015
+Global___BlobFrame: _TypeAlias = BlobFrame  # noqa: Y015
 
 @_typing.final
 class BlobRequest(_message.Message):
-    """A libp2p stream of its own: request, then length-capped frames of the file from `offset` on."""
-
     DESCRIPTOR: _descriptor.Descriptor
 
     SHA256_FIELD_NUMBER: _builtins.int
@@ -144,26 +154,16 @@ class BlobRequest(_message.Message):
 Global___BlobRequest: _TypeAlias = BlobRequest  # noqa: Y015
 
 @_typing.final
-class BlobReply(_message.Message):
+class Piece(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SIZE_FIELD_NUMBER: _builtins.int
-    ERROR_FIELD_NUMBER: _builtins.int
-    size: _builtins.int
-    @_builtins.property
-    def error(self) -> _common_pb2.Error: ...
     def __init__(
         self,
-        *,
-        size: _builtins.int = ...,
-        error: _common_pb2.Error | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kind", b"kind", "size", b"size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kind", b"kind", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["size", "error"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___BlobReply: _TypeAlias = BlobReply  # noqa: Y015
+Global___Piece: _TypeAlias = Piece  # noqa: Y015

@@ -1,0 +1,178 @@
+"""The durable side of one job: each step of its state machine becomes one transaction.
+
+In: the records of a step, with the contribution or the outcome that caused them. Out: the new
+book of leases, once everything is on disk. Receipts are signed and leases end here, in the same
+transaction as the record they follow from, so that nothing can be known to a node that a restart
+would not know. Every method blocks; a StorageError means nothing was stored, or, if the disk
+failed in the middle of a commit, that only reading it again can tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from coordinator import leases
+from coordinator.leases import Book, Lease
+from coordinator.ports import Clock, Signer
+from coordinator.receipts import signed_receipt
+from coordinator.records import ContributionRecord, JobRecord, LogEntry, Outcome
+from coordinator.round_model import (
+    ContributionHeld,
+    JobChanged,
+    Phase,
+    PipelineLost,
+    PipelinesFormed,
+    Record,
+    RoundAggregated,
+    RoundCommitted,
+    RoundFrozen,
+    RoundOpened,
+    RoundsState,
+    Rules,
+    Standing,
+)
+from coordinator.storage import Storage
+from swarm.wire.v1 import coordinator_pb2 as pb
+
+_LOG_DOMAIN = b"swarm-round-log-v1"
+
+
+class JobLedger:
+    """Rows, receipts and leases of one job."""
+
+    def __init__(self, storage: Storage, job_id: str, signer: Signer, clock: Clock) -> None:
+        self._storage = storage
+        self._job_id = job_id
+        self._signer = signer
+        self._clock = clock
+
+    def create(self, job: JobRecord, state: RoundsState, outcome: Outcome) -> None:
+        """A new job: its row, round 0 with the initial outcome, and round 1."""
+        now = self._clock.unix()
+        with self._storage.transaction("job"):
+            self._storage.insert_job(job, state.job, state.reason)
+            self._storage.insert_round(self._job_id, 0, Phase.COMMITTED, now)
+            self._storage.insert_outcome(self._job_id, 0, outcome)
+            self._storage.insert_round(self._job_id, state.round, state.phase, now)
+
+    def load(self, rules: Rules) -> tuple[RoundsState, Book]:
+        return (
+            self._storage.rounds_state(self._job_id, rules),
+            leases.restore(self._storage.leases(self._job_id)),
+        )
+
+    def store(
+        self,
+        book: Book,
+        records: Iterable[Record],
+        submission: ContributionRecord | None = None,
+        outcome: Outcome | None = None,
+    ) -> Book:
+        """Make one step durable. `submission` belongs to ContributionHeld, `outcome` to RoundAggregated."""
+        steps = list(records)
+        with self._storage.transaction(" + ".join(type(record).__name__ for record in steps)):
+            for record in steps:
+                book = self._store_one(book, record, submission, outcome)
+        return book
+
+    def lease(self, book: Book, round: int, pipeline_id: int, count: int) -> tuple[Book, Lease]:
+        """The pipeline's lease, stored if it is new."""
+        after, lease = leases.grant(book, round, pipeline_id, count)
+        if after is not book:
+            with self._storage.transaction("lease"):
+                self._storage.insert_lease(self._job_id, lease)
+        return after, lease
+
+    def receipt(
+        self, round: int, peer: str, verdict: pb.Verdict.ValueType, reason: str, payload: bytes
+    ) -> bytes:
+        return signed_receipt(
+            self._signer,
+            job_id=self._job_id,
+            round=round,
+            peer=peer,
+            verdict=verdict,
+            reason=reason,
+            payload=payload,
+        )
+
+    def _store_one(
+        self, book: Book, record: Record, submission: ContributionRecord | None, outcome: Outcome | None
+    ) -> Book:
+        job_id, storage = self._job_id, self._storage
+        match record:
+            case RoundOpened(round):
+                storage.insert_round(job_id, round, Phase.OPEN, self._clock.unix())
+            case PipelinesFormed(round, generation, pipelines):
+                storage.insert_pipelines(job_id, round, generation, pipelines)
+            case ContributionHeld(round, pipeline_id, _, whole):
+                assert submission is not None, "a held contribution comes with its row"
+                storage.insert_contribution(job_id, submission)
+                if whole:
+                    storage.set_standing(job_id, round, pipeline_id, Standing.WHOLE)
+            case PipelineLost(round, pipeline_id, reason):
+                storage.set_standing(job_id, round, pipeline_id, Standing.LOST, reason)
+                book = self._exclude(book, round, pipeline_id, f"the pipeline was given up: {reason}")
+            case RoundFrozen(round, _, late):
+                storage.set_phase(job_id, round, Phase.FROZEN)
+                reason = f"not whole when round {round} froze"
+                for pipeline_id in late:
+                    storage.set_standing(job_id, round, pipeline_id, Standing.LATE, reason)
+                    book = self._exclude(book, round, pipeline_id, f"the pipeline was {reason}")
+            case RoundAggregated(round):
+                assert outcome is not None, "an aggregated round comes with its outcome"
+                storage.insert_outcome(job_id, round, outcome)
+                storage.set_phase(job_id, round, Phase.AGGREGATED)
+            case RoundCommitted(round, accepted):
+                book = self._commit(book, round, accepted)
+            case JobChanged(state, reason, fruitless):
+                storage.set_job(job_id, state, reason, fruitless)
+        return book
+
+    def _exclude(self, book: Book, round: int, pipeline_id: int, reason: str) -> Book:
+        """What the pipeline sent does not count, and its samples are free again."""
+        self._give_verdict(round, (pipeline_id,), pb.VERDICT_LATE, reason)
+        book, lease = leases.void(book, round, pipeline_id)
+        if lease is not None:
+            self._storage.set_lease(self._job_id, lease)
+        return book
+
+    def _commit(self, book: Book, round: int, accepted: tuple[int, ...]) -> Book:
+        sent = self._give_verdict(round, accepted, pb.VERDICT_ACCEPTED, "")
+        for pipeline_id in accepted:
+            book, lease = leases.close(book, round, pipeline_id)
+            if lease is not None:
+                self._storage.set_lease(self._job_id, lease)
+        outcome = self._storage.outcome(self._job_id, round)
+        assert outcome is not None, "the outcome is stored before the round is committed"
+        log = self._storage.log(self._job_id)
+        previous = log[-1].entry_hash if log else b""
+        entry = log_entry_hash(previous, self._job_id, round, sent, outcome.params_hash)
+        signature = self._signer.sign(_LOG_DOMAIN + entry)
+        self._storage.commit_round(self._job_id, LogEntry(round, entry, signature), self._clock.unix())
+        return book
+
+    def _give_verdict(
+        self, round: int, pipeline_ids: tuple[int, ...], verdict: pb.Verdict.ValueType, reason: str
+    ) -> list[ContributionRecord]:
+        given = [c for c in self._storage.contributions(self._job_id, round) if c.pipeline_id in pipeline_ids]
+        for old in given:
+            new = replace(
+                old,
+                verdict=int(verdict),
+                reason=reason,
+                receipt=self.receipt(round, old.peer, verdict, reason, old.payload),
+            )
+            self._storage.set_verdict(self._job_id, new, counts=verdict == pb.VERDICT_ACCEPTED)
+        return given
+
+
+def log_entry_hash(
+    previous: bytes, job_id: str, round: int, accepted: Iterable[ContributionRecord], params_hash: bytes
+) -> bytes:
+    """One link of a job's chain: which payload of whom made which parameters, after which link."""
+    parts = [previous.hex(), job_id, str(round), params_hash.hex()]
+    parts += sorted(f"{contribution.peer}={contribution.payload.hex()}" for contribution in accepted)
+    return hashlib.sha256("\x1f".join(parts).encode()).digest()

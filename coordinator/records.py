@@ -1,0 +1,115 @@
+"""What the database keeps, as frozen values. Field names are those of migrations/*.sql."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm.ids import Span
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    peer: str
+    span: Span
+    addrs: tuple[str, ...]
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    job_id: str
+    name: str
+    spec_json: str
+    submitter: str
+    dataset: bytes
+    dataset_size: int
+    samples: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class ContributionRecord:
+    """`verdict` is the number of swarm.v1.Verdict; `receipt` the signed message as it was answered."""
+
+    round: int
+    generation: int
+    pipeline_id: int
+    peer: str
+    lead: bool
+    payload: bytes
+    payload_size: int
+    inner_steps: int
+    tokens: int
+    loss: float | None
+    verdict: int
+    reason: str
+    receipt: bytes
+
+
+@dataclass(frozen=True)
+class BlockPiece:
+    """One block within the update blob and within the snapshot blob, and its parameters' hash."""
+
+    block: str
+    params_hash: bytes
+    update_offset: int
+    update_length: int
+    update_sha256: bytes
+    snapshot_offset: int
+    snapshot_length: int
+    snapshot_sha256: bytes
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    name: str
+    sha256: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What aggregating a round made; round 0 is the initial state, with an empty update."""
+
+    params_hash: bytes
+    state_blob: bytes
+    update_blob: bytes
+    update_size: int
+    snapshot_blob: bytes
+    snapshot_size: int
+    blocks: tuple[BlockPiece, ...]
+    files: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """A round as people see it. `loss` is the mean over the leads that count; None before any is known."""
+
+    round: int
+    phase: str
+    opened_unix_s: float
+    committed_unix_s: float | None
+    pipelines: int
+    contributions: int
+    contribution_bytes: int
+    tokens: int
+    loss: float | None
+    update_bytes: int
+    params_hash: bytes
+
+
+@dataclass(frozen=True)
+class JobTotals:
+    contribution_bytes: int
+    accepted_pipeline_rounds: int
+    """Pipelines that were accepted, summed over the committed rounds."""
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One committed round in the job's hash chain."""
+
+    round: int
+    entry_hash: bytes
+    signature: bytes

@@ -1,0 +1,146 @@
+"""Makes a round's outcome out of stored contributions, and keeps it as blobs.
+
+In: the durable rows of a job and its blobs. Out: an `Outcome` whose blobs are on disk, not yet
+referenced by a row; doing it again writes the same bytes. A damaged newest outer state is made
+again from the one before. Every method blocks; nothing here decides what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round
+from coordinator.blobs import Blobs
+from coordinator.placement import Member
+from coordinator.ports import ModelFacts
+from coordinator.records import AdapterFile, BlockPiece, Outcome
+from coordinator.round_model import Standing
+from coordinator.storage import Storage
+from swarm.compress import FrameContext, decode
+from swarm.config import JobSpec
+from swarm.errors import CorruptData, StorageError
+from swarm.ids import HEAD, block_of, sha256
+
+Shape = tuple[int, ...]
+log = structlog.get_logger()
+
+
+def shapes_of_member(shapes: Mapping[str, Shape], members: tuple[Member, ...], peer: str) -> dict[str, Shape]:
+    """The parameters a member contributes: those of its blocks, and the head's if it leads."""
+    position, member = next((i, m) for i, m in enumerate(members) if m.peer == peer)
+    return {
+        key: shape
+        for key, shape in shapes.items()
+        if (block_of(key) == HEAD and position == 0)
+        or (block_of(key) != HEAD and int(block_of(key)) in member.span)
+    }
+
+
+class JobResults:
+    """The computations of one job."""
+
+    def __init__(
+        self, job_id: str, spec: JobSpec, shapes: Mapping[str, Shape], model: ModelFacts, blobs: Blobs
+    ) -> None:
+        self.job_id = job_id
+        self.spec = spec
+        self.shapes = shapes
+        self._model = model
+        self._blobs = blobs
+
+    def initial(self) -> Outcome:
+        """Round 0."""
+        params = self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
+        return self._keep(initial_round(params))
+
+    def aggregate(self, storage: Storage, round: int) -> Outcome:
+        """The outcome of a frozen round. Raises StorageError, CorruptData, CodecError."""
+        result = self._compute(storage, round, self._outer_state(storage, round - 1))
+        return self._keep(result)
+
+    def decode(
+        self, payload: bytes, members: tuple[Member, ...], peer: str, context: FrameContext
+    ) -> dict[str, NDArray[np.float32]]:
+        """A member's contribution. Raises StorageError, CodecError."""
+        return decode(self._blobs.read(payload), shapes_of_member(self.shapes, members, peer), context)
+
+    def _compute(self, storage: Storage, round: int, state: OuterState) -> RoundResult:
+        before = storage.outcome(self.job_id, round - 1)
+        if before is None:
+            raise StorageError(f"the database lacks the outcome of round {round - 1}")
+        context = FrameContext(self.job_id, round, before.params_hash)
+        accepted = [p for p in storage.pipelines(self.job_id, round) if p.standing is Standing.WHOLE]
+        sent = sorted(
+            (held.peer, held.payload, pipeline.members) for pipeline in accepted for held in pipeline.held
+        )
+
+        def decoded() -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
+            for peer, payload, members in sent:
+                yield peer, self.decode(payload, members, peer, context)
+
+        mean = average(decoded(), len(accepted), self.spec.uplink)
+        return outer_round(state, mean, self.spec, self.job_id, round)
+
+    def _outer_state(self, storage: Storage, round: int) -> OuterState:
+        outcome = storage.outcome(self.job_id, round)
+        if outcome is None:
+            raise StorageError(f"the database lacks the outcome of round {round}")
+        try:
+            return OuterState.unpack(self._blobs.read(outcome.state_blob))
+        except (CorruptData, StorageError) as error:
+            log.error("outer_state_damaged", job_id=self.job_id, round=round, error=str(error))
+            remade = self._remake(storage, round)
+            if self._blobs.put(remade) != outcome.state_blob:
+                raise CorruptData(
+                    f"the outer state of round {round} is damaged and cannot be made again",
+                    "restore the coordinator's data folder from a backup",
+                ) from error
+            return OuterState.unpack(remade)
+
+    def _remake(self, storage: Storage, round: int) -> bytes:
+        if round == 0:
+            params = self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
+            return initial_round(params).state.pack()
+        earlier = storage.outcome(self.job_id, round - 1)
+        if earlier is None:
+            raise StorageError(f"the database lacks the outcome of round {round - 1}")
+        state = OuterState.unpack(self._blobs.read(earlier.state_blob))
+        return self._compute(storage, round, state).state.pack()
+
+    def _keep(self, result: RoundResult) -> Outcome:
+        """Write the blobs. The snapshot is one file of all blocks; so is the update."""
+        pieces: list[BlockPiece] = []
+        update_offset = snapshot_offset = 0
+        for block in result.blocks:
+            pieces.append(
+                BlockPiece(
+                    block=block.block,
+                    params_hash=block.params_hash,
+                    update_offset=update_offset,
+                    update_length=len(block.frame),
+                    update_sha256=sha256(block.frame),
+                    snapshot_offset=snapshot_offset,
+                    snapshot_length=len(block.snapshot),
+                    snapshot_sha256=sha256(block.snapshot),
+                )
+            )
+            update_offset += len(block.frame)
+            snapshot_offset += len(block.snapshot)
+        exported = self._model.adapters.export(self.spec.method, result.state.params, self._model.name)
+        return Outcome(
+            params_hash=result.params_hash,
+            state_blob=self._blobs.put(result.state.pack()),
+            update_blob=self._blobs.put(b"".join(block.frame for block in result.blocks)),
+            update_size=update_offset,
+            snapshot_blob=self._blobs.put(b"".join(block.snapshot for block in result.blocks)),
+            snapshot_size=snapshot_offset,
+            blocks=tuple(pieces),
+            files=tuple(
+                AdapterFile(name, self._blobs.put(exported[name]), len(exported[name]))
+                for name in sorted(exported)
+            ),
+        )

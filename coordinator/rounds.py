@@ -1,0 +1,305 @@
+"""One job's rounds as a pure state machine: `advance(state, event) -> (state, effects)`.
+
+In: what happened (a placement, a contribution, a lost node, time) with monotonic seconds where
+they matter. Out: the next state, and effects in the order in which they are to be performed.
+Records are to be made durable, all of one step together, before any action is taken. Never
+reads a clock, a random source or a disk.
+
+A round goes OPEN → FROZEN → AGGREGATED → COMMITTED and never back. Its pipelines are fixed by
+(round, generation). A pipeline counts whole or not at all: the round freezes once every pipeline
+that is not lost is whole and at least one is, or at its deadline with what is whole. Without a
+whole pipeline by then, or with all of them lost, the next generation is formed in the same
+round; after `fruitless_generations` in a row without one contribution the job pauses.
+A member whose contribution is held may leave: its part of the work is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.round_model import (
+    Abandoned,
+    Aggregate,
+    AggregateDone,
+    Answer,
+    Commit,
+    CommitNow,
+    Contribution,
+    ContributionHeld,
+    Effect,
+    Event,
+    FormPipelines,
+    Held,
+    JobChanged,
+    JobState,
+    NextRound,
+    NodeLost,
+    Offer,
+    OpenNext,
+    Phase,
+    Pipeline,
+    PipelineLost,
+    PipelinesFormed,
+    Reply,
+    Resume,
+    RoundAggregated,
+    RoundCommitted,
+    RoundFrozen,
+    RoundOpened,
+    RoundsState,
+    Rules,
+    Standing,
+    Step,
+    Tick,
+)
+
+FORMING = "pipelines are being formed"
+
+
+def begin(rules: Rules) -> Step:
+    """A new job: round 1 is open and waits for its pipelines."""
+    state = RoundsState(rules, JobState.WAITING, FORMING, 1, Phase.OPEN, 0, 0, ())
+    return state, (RoundOpened(1), FormPipelines())
+
+
+def recover(state: RoundsState, now_s: float) -> Step:
+    """What to do with a state that was read back after a crash: go on where it stopped."""
+    state = replace(state, deadline_s=None)
+    if state.job in (JobState.PAUSED, JobState.FINISHED):
+        return state, ()
+    match state.phase:
+        case Phase.FROZEN:
+            return state, (Aggregate(state.round),)
+        case Phase.AGGREGATED:
+            return state, (Commit(state.round),)
+        case Phase.COMMITTED:
+            return state, (OpenNext(state.round + 1),)
+        case Phase.OPEN:
+            if state.job is JobState.WAITING:
+                return state, (FormPipelines(),)
+            # How much of the time had passed is not stored: the round gets its whole time again.
+            return replace(state, deadline_s=now_s + state.rules.round_deadline_s), ()
+
+
+def advance(state: RoundsState, event: Event) -> Step:
+    """One step. An event that does not fit the state changes nothing."""
+    match event:
+        case Offer():
+            return _offered(state, event)
+        case Contribution():
+            return _contributed(state, event)
+        case NodeLost():
+            return _node_lost(state, event)
+        case Abandoned():
+            return _abandoned(state, event)
+        case Tick():
+            return _ticked(state, event)
+        case AggregateDone():
+            if state.phase is not Phase.FROZEN or event.round != state.round:
+                return state, ()
+            after = replace(state, phase=Phase.AGGREGATED)
+            return after, (RoundAggregated(event.round), Commit(event.round))
+        case CommitNow():
+            return _committed(state, event)
+        case NextRound():
+            return _next_round(state, event)
+        case Resume():
+            if state.job is not JobState.PAUSED:
+                return state, ()
+            return _waiting(replace(state, fruitless=0), FORMING)
+
+
+def _waiting(state: RoundsState, reason: str) -> Step:
+    after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
+    return after, (JobChanged(after.job, reason, after.fruitless), FormPipelines())
+
+
+def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
+    if state.job is not JobState.WAITING or state.phase is not Phase.OPEN:
+        return state, ()
+    wanted = state.rules.min_pipelines
+    if len(event.plans) < wanted:
+        reason = event.missing
+        if event.plans:
+            reason = f"{len(event.plans)} of at least {wanted} pipelines can be formed: {event.missing}"
+        if reason == state.reason:
+            return state, ()
+        return replace(state, reason=reason), (JobChanged(state.job, reason, state.fruitless),)
+    generation = state.generation + 1
+    first = len(state.pipelines)
+    formed = tuple(
+        Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans)
+    )
+    after = replace(
+        state,
+        job=JobState.RUNNING,
+        reason="",
+        generation=generation,
+        pipelines=(*state.pipelines, *formed),
+        deadline_s=event.now_s + state.rules.round_deadline_s,
+    )
+    return after, (
+        PipelinesFormed(state.round, generation, formed),
+        JobChanged(after.job, "", after.fruitless),
+    )
+
+
+def _contributed(state: RoundsState, event: Contribution) -> Step:
+    refusal = _refusal(state, event)
+    if refusal is not None:
+        return state, (refusal,)
+    held = Held(event.peer, event.payload)
+    pipeline = state.pipeline(event.pipeline_id)
+    assert pipeline is not None, "_refusal answers an unknown pipeline"
+    together = tuple(sorted((*pipeline.held, held)))
+    whole = len(together) == len(pipeline.members)
+    standing = Standing.WHOLE if whole else Standing.ACTIVE
+    after = _swap(replace(state, fruitless=0), replace(pipeline, held=together, standing=standing))
+    records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole),)
+    if state.fruitless:
+        records += (JobChanged(after.job, after.reason, 0),)
+    after, effects = _settle(after)
+    return after, (*records, Reply(Answer.HELD), *effects)
+
+
+def _refusal(state: RoundsState, event: Contribution) -> Reply | None:
+    """Why a contribution is not stored, or None where it is."""
+    if event.round > state.round:
+        return Reply(Answer.REJECTED, f"round {event.round} is not open yet; round {state.round} is")
+    if event.round < state.round:
+        return Reply(Answer.LATE, f"round {event.round} froze without it; round {state.round} is open")
+    pipeline = state.pipeline(event.pipeline_id)
+    if pipeline is None or pipeline.generation != event.generation or not pipeline.has(event.peer):
+        return Reply(
+            Answer.REJECTED,
+            f"the node is not in pipeline {event.pipeline_id}, generation {event.generation},"
+            f" of round {event.round}",
+        )
+    stored = pipeline.payload_of(event.peer)
+    if stored == event.payload:
+        return Reply(Answer.DUPLICATE)
+    if stored is not None:
+        return Reply(Answer.CONFLICT, f"another contribution to round {event.round} is already stored")
+    if pipeline.standing is Standing.LOST:
+        return Reply(Answer.LATE, f"the pipeline was given up: {pipeline.reason}")
+    if state.phase is not Phase.OPEN:
+        return Reply(Answer.LATE, f"round {event.round} froze without it")
+    return None
+
+
+def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+    if state.phase is not Phase.OPEN:
+        return state, ()
+    broken = [
+        pipeline.pipeline_id
+        for pipeline in state.with_standing(Standing.ACTIVE)
+        if pipeline.has(event.peer) and pipeline.payload_of(event.peer) is None
+    ]
+    return _lose(state, broken, event.reason)
+
+
+def _abandoned(state: RoundsState, event: Abandoned) -> Step:
+    pipeline = state.pipeline(event.pipeline_id)
+    if (
+        state.phase is not Phase.OPEN
+        or event.round != state.round
+        or pipeline is None
+        or pipeline.standing is not Standing.ACTIVE
+    ):
+        return state, ()
+    return _lose(state, [event.pipeline_id], event.reason)
+
+
+def _ticked(state: RoundsState, event: Tick) -> Step:
+    if state.phase is not Phase.OPEN or state.deadline_s is None or event.now_s < state.deadline_s:
+        return state, ()
+    if state.with_standing(Standing.WHOLE):
+        return _freeze(state)
+    active = [pipeline.pipeline_id for pipeline in state.with_standing(Standing.ACTIVE)]
+    return _lose(state, active, f"not whole within {state.rules.round_deadline_s:g} s")
+
+
+def _lose(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
+    if not pipeline_ids:
+        return state, ()
+    records: list[Effect] = []
+    for pipeline_id in pipeline_ids:
+        pipeline = state.pipeline(pipeline_id)
+        assert pipeline is not None, "ids come from the state"
+        state = _swap(state, replace(pipeline, standing=Standing.LOST, reason=reason))
+        records.append(PipelineLost(state.round, pipeline_id, reason))
+    state, effects = _settle(state)
+    return state, (*records, *effects)
+
+
+def _settle(state: RoundsState) -> Step:
+    """After a pipeline became whole or was lost: freeze, form again, pause, or go on as before."""
+    if state.with_standing(Standing.ACTIVE):
+        return state, ()
+    if state.with_standing(Standing.WHOLE):
+        return _freeze(state)
+    generation = [p for p in state.pipelines if p.generation == state.generation]
+    reason = generation[-1].reason
+    fruitless = 0 if any(p.held for p in generation) else state.fruitless + 1
+    state = replace(state, fruitless=fruitless)
+    if fruitless >= state.rules.fruitless_generations:
+        reason = (
+            f"round {state.round} brought no contribution in {fruitless} attempts, the last one: {reason};"
+            " see to the nodes, then resume the job"
+        )
+        after = replace(state, job=JobState.PAUSED, reason=reason, deadline_s=None)
+        return after, (JobChanged(after.job, reason, fruitless),)
+    return _waiting(state, f"pipelines are being formed again: {reason}")
+
+
+def _freeze(state: RoundsState) -> Step:
+    accepted = state.with_standing(Standing.WHOLE)
+    late = state.with_standing(Standing.ACTIVE)
+    for pipeline in late:
+        state = _swap(
+            state,
+            replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
+        )
+    state = replace(state, phase=Phase.FROZEN, deadline_s=None)
+    frozen = RoundFrozen(
+        state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late)
+    )
+    return state, (frozen, Aggregate(state.round))
+
+
+def _committed(state: RoundsState, event: CommitNow) -> Step:
+    if state.phase is not Phase.AGGREGATED or event.round != state.round:
+        return state, ()
+    accepted = tuple(p.pipeline_id for p in state.with_standing(Standing.WHOLE))
+    after = replace(state, phase=Phase.COMMITTED)
+    record = RoundCommitted(event.round, accepted)
+    if event.round < state.rules.rounds:
+        return after, (record, OpenNext(event.round + 1))
+    after = replace(after, job=JobState.FINISHED, reason="")
+    return after, (record, JobChanged(after.job, "", after.fruitless))
+
+
+def _next_round(state: RoundsState, event: NextRound) -> Step:
+    if state.phase is not Phase.COMMITTED or state.job is JobState.FINISHED:
+        return state, ()
+    opened = replace(
+        state,
+        job=JobState.WAITING,
+        reason=FORMING,
+        round=state.round + 1,
+        phase=Phase.OPEN,
+        generation=0,
+        pipelines=(),
+        deadline_s=None,
+    )
+    after, effects = _offered(opened, event)
+    if after.job is JobState.RUNNING:
+        return after, (RoundOpened(opened.round), *effects)
+    return after, (RoundOpened(opened.round), JobChanged(after.job, after.reason, after.fruitless))
+
+
+def _swap(state: RoundsState, pipeline: Pipeline) -> RoundsState:
+    return replace(
+        state,
+        pipelines=tuple(pipeline if p.pipeline_id == pipeline.pipeline_id else p for p in state.pipelines),
+    )

@@ -1,0 +1,365 @@
+"""Typed access to the coordinator's database: the only module with SQL on its tables.
+
+Reads return frozen values; writes happen inside `with storage.transaction(name)` and become
+durable together. Nothing is decided here. Raises StorageError. Every method blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from coordinator.database import Database
+from coordinator.leases import Lease, LeaseState, Range
+from coordinator.placement import Member
+from coordinator.records import (
+    AdapterFile,
+    BlockPiece,
+    ContributionRecord,
+    JobRecord,
+    JobTotals,
+    LogEntry,
+    NodeRecord,
+    Outcome,
+    RoundSummary,
+)
+from coordinator.round_model import Held, JobState, Phase, Pipeline, RoundsState, Rules, Standing
+from swarm.ids import Span
+
+_CONTRIBUTION = (
+    "round, generation, pipeline_id, peer, lead, payload, payload_size, inner_steps, tokens, loss,"
+    " verdict, reason, receipt"
+)
+
+
+class Storage:
+    """Nodes, jobs, rounds, leases and results in `data_dir`. Raises DataDirLocked, StorageError."""
+
+    def __init__(self, data_dir: Path, durable_point: Callable[[str], None]) -> None:
+        self._db = Database(data_dir, durable_point)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def transaction(self, name: str) -> AbstractContextManager[None]:
+        return self._db.transaction(name)
+
+    # --- nodes --------------------------------------------------------------------------------
+
+    def nodes(self) -> list[NodeRecord]:
+        return [
+            NodeRecord(peer, Span(start, end), tuple(json.loads(addrs)), device, dtype)
+            for peer, start, end, addrs, device, dtype in self._read(
+                "SELECT peer, span_start, span_end, addrs_json, device, dtype FROM node ORDER BY peer"
+            )
+        ]
+
+    def put_node(self, node: NodeRecord) -> None:
+        self._db.write(
+            "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?)",
+            *(node.peer, node.span.start, node.span.end, json.dumps(node.addrs), node.device, node.dtype),
+        )
+
+    def delete_node(self, peer: str) -> None:
+        self._db.write("DELETE FROM node WHERE peer = ?", peer)
+
+    # --- jobs ---------------------------------------------------------------------------------
+
+    def jobs(self) -> list[JobRecord]:
+        """All jobs in the order they were submitted."""
+        return [
+            JobRecord(*row)
+            for row in self._read(
+                "SELECT job_id, name, spec_json, submitter, dataset, dataset_size, samples,"
+                " trainable_parameters FROM job ORDER BY ordinal"
+            )
+        ]
+
+    def insert_job(self, job: JobRecord, state: JobState, reason: str) -> None:
+        self._db.write(
+            "INSERT INTO job (job_id, ordinal, name, spec_json, submitter, dataset, dataset_size, samples,"
+            " trainable_parameters, state, reason)"
+            " VALUES (?, (SELECT count(*) FROM job), ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(job.job_id, job.name, job.spec_json, job.submitter, job.dataset, job.dataset_size),
+            *(job.samples, job.trainable_parameters, state.value, reason),
+        )
+
+    def set_job(self, job_id: str, state: JobState, reason: str, fruitless: int) -> None:
+        self._db.write(
+            "UPDATE job SET state = ?, reason = ?, fruitless = ? WHERE job_id = ?",
+            *(state.value, reason, fruitless, job_id),
+        )
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def rounds_state(self, job_id: str, rules: Rules) -> RoundsState:
+        """The job's newest round, as it was made durable; without a deadline."""
+        ((job, reason, fruitless),) = self._read(
+            "SELECT state, reason, fruitless FROM job WHERE job_id = ?", job_id
+        )
+        ((number, phase, generation),) = self._read(
+            "SELECT round, phase, generation FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
+        )
+        pipelines = self.pipelines(job_id, number)
+        return RoundsState(
+            rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines
+        )
+
+    def pipelines(self, job_id: str, round: int) -> tuple[Pipeline, ...]:
+        members: dict[int, list[Member]] = {}
+        for pipeline_id, peer, start, end in self._read(
+            "SELECT pipeline_id, peer, span_start, span_end FROM member"
+            " WHERE job_id = ? AND round = ? ORDER BY pipeline_id, position",
+            *(job_id, round),
+        ):
+            members.setdefault(pipeline_id, []).append(Member(peer, Span(start, end)))
+        held: dict[int, list[Held]] = {}
+        for record in self.contributions(job_id, round):
+            held.setdefault(record.pipeline_id, []).append(Held(record.peer, record.payload))
+        return tuple(
+            Pipeline(
+                *(pipeline_id, generation, tuple(members[pipeline_id]), Standing(standing)),
+                *(tuple(sorted(held.get(pipeline_id, []))), reason),
+            )
+            for pipeline_id, generation, standing, reason in self._read(
+                "SELECT pipeline_id, generation, standing, reason FROM pipeline"
+                " WHERE job_id = ? AND round = ? ORDER BY pipeline_id",
+                *(job_id, round),
+            )
+        )
+
+    def insert_round(self, job_id: str, round: int, phase: Phase, opened_unix_s: float) -> None:
+        self._db.write(
+            "INSERT INTO round (job_id, round, phase, opened_unix_s) VALUES (?, ?, ?, ?)",
+            *(job_id, round, phase.value, opened_unix_s),
+        )
+
+    def set_phase(self, job_id: str, round: int, phase: Phase) -> None:
+        self._db.write(
+            "UPDATE round SET phase = ? WHERE job_id = ? AND round = ?", phase.value, job_id, round
+        )
+
+    def insert_pipelines(
+        self, job_id: str, round: int, generation: int, pipelines: Iterable[Pipeline]
+    ) -> None:
+        self._db.write(
+            "UPDATE round SET generation = ? WHERE job_id = ? AND round = ?", generation, job_id, round
+        )
+        for item in pipelines:
+            self._db.write(
+                "INSERT INTO pipeline VALUES (?, ?, ?, ?, ?, ?)",
+                *(job_id, round, item.pipeline_id, item.generation, item.standing.value, item.reason),
+            )
+            self._db.write_many(
+                "INSERT INTO member VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (job_id, round, item.pipeline_id, position, m.peer, m.span.start, m.span.end)
+                    for position, m in enumerate(item.members)
+                ],
+            )
+
+    def set_standing(
+        self, job_id: str, round: int, pipeline_id: int, standing: Standing, reason: str = ""
+    ) -> None:
+        self._db.write(
+            "UPDATE pipeline SET standing = ?, reason = ? WHERE job_id = ? AND round = ? AND pipeline_id = ?",
+            *(standing.value, reason, job_id, round, pipeline_id),
+        )
+
+    # --- contributions ------------------------------------------------------------------------
+
+    def contributions(self, job_id: str, round: int) -> list[ContributionRecord]:
+        """All stored ones of a round, oldest generation first, then by peer."""
+        return self._contributions("job_id = ? AND round = ? ORDER BY generation, peer", job_id, round)
+
+    def contributions_by(self, job_id: str, round: int, peer: str) -> list[ContributionRecord]:
+        """Those of one node, newest generation first."""
+        where = "job_id = ? AND round = ? AND peer = ? ORDER BY generation DESC"
+        return self._contributions(where, job_id, round, peer)
+
+    def _contributions(self, where: str, *values: str | int) -> list[ContributionRecord]:
+        rows = self._read(f"SELECT {_CONTRIBUTION} FROM contribution WHERE {where}", *values)
+        return [ContributionRecord(*row) for row in rows]
+
+    def insert_contribution(self, job_id: str, c: ContributionRecord) -> None:
+        self._db.write(
+            f"INSERT INTO contribution (job_id, {_CONTRIBUTION})"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(job_id, c.round, c.generation, c.pipeline_id, c.peer, int(c.lead), c.payload, c.payload_size),
+            *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt),
+        )
+
+    def set_verdict(self, job_id: str, c: ContributionRecord, *, counts: bool) -> None:
+        """Store the verdict, reason and receipt of `c`."""
+        self._db.write(
+            "UPDATE contribution SET verdict = ?, reason = ?, receipt = ?, counts = ?"
+            " WHERE job_id = ? AND round = ? AND generation = ? AND peer = ?",
+            *(c.verdict, c.reason, c.receipt, int(counts), job_id, c.round, c.generation, c.peer),
+        )
+
+    # --- leases -------------------------------------------------------------------------------
+
+    def leases(self, job_id: str) -> list[Lease]:
+        ranges: dict[int, list[Range]] = {}
+        for lease_id, start, end in self._read(
+            "SELECT lease_id, range_start, range_end FROM lease_range WHERE job_id = ?"
+            " ORDER BY lease_id, range_start",
+            job_id,
+        ):
+            ranges.setdefault(lease_id, []).append(Range(start, end))
+        return [
+            Lease(lease_id, round, pipeline_id, tuple(ranges[lease_id]), LeaseState(state))
+            for lease_id, round, pipeline_id, state in self._read(
+                "SELECT lease_id, round, pipeline_id, state FROM lease WHERE job_id = ? ORDER BY lease_id",
+                job_id,
+            )
+        ]
+
+    def insert_lease(self, job_id: str, lease: Lease) -> None:
+        self._db.write(
+            "INSERT INTO lease VALUES (?, ?, ?, ?, ?)",
+            *(job_id, lease.lease_id, lease.round, lease.pipeline_id, lease.state.value),
+        )
+        self._db.write_many(
+            "INSERT INTO lease_range VALUES (?, ?, ?, ?)",
+            [(job_id, lease.lease_id, r.start, r.end) for r in lease.ranges],
+        )
+
+    def set_lease(self, job_id: str, lease: Lease) -> None:
+        self._db.write(
+            "UPDATE lease SET state = ? WHERE job_id = ? AND lease_id = ?",
+            *(lease.state.value, job_id, lease.lease_id),
+        )
+
+    # --- results ------------------------------------------------------------------------------
+
+    def insert_outcome(self, job_id: str, round: int, o: Outcome) -> None:
+        self._db.write(
+            "INSERT INTO outcome VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            *(job_id, round, o.params_hash, o.state_blob, o.update_blob, o.update_size),
+            *(o.snapshot_blob, o.snapshot_size),
+        )
+        self._db.write_many(
+            "INSERT INTO outcome_block VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    *(job_id, round, position, b.block, b.params_hash, b.update_offset, b.update_length),
+                    *(b.update_sha256, b.snapshot_offset, b.snapshot_length, b.snapshot_sha256),
+                )
+                for position, b in enumerate(o.blocks)
+            ],
+        )
+        self._db.write_many(
+            "INSERT INTO adapter_file VALUES (?, ?, ?, ?, ?)",
+            [(job_id, round, f.name, f.sha256, f.size) for f in o.files],
+        )
+
+    def outcome(self, job_id: str, round: int) -> Outcome | None:
+        found = self._read(
+            "SELECT params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size"
+            " FROM outcome WHERE job_id = ? AND round = ?",
+            *(job_id, round),
+        )
+        if not found:
+            return None
+        blocks = self._read(
+            "SELECT block, params_hash, update_offset, update_length, update_sha256, snapshot_offset,"
+            " snapshot_length, snapshot_sha256 FROM outcome_block WHERE job_id = ? AND round = ?"
+            " ORDER BY position",
+            *(job_id, round),
+        )
+        files = self._read(
+            "SELECT name, sha256, size FROM adapter_file WHERE job_id = ? AND round = ? ORDER BY name",
+            *(job_id, round),
+        )
+        params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size = found[0]
+        return Outcome(
+            *(params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size),
+            tuple(BlockPiece(*row) for row in blocks),
+            tuple(AdapterFile(*row) for row in files),
+        )
+
+    def commit_round(self, job_id: str, entry: LogEntry, committed_unix_s: float) -> None:
+        self._db.write(
+            "UPDATE round SET phase = ?, committed_unix_s = ?, entry_hash = ?, signature = ?"
+            " WHERE job_id = ? AND round = ?",
+            *(
+                Phase.COMMITTED.value,
+                committed_unix_s,
+                entry.entry_hash,
+                entry.signature,
+                job_id,
+                entry.round,
+            ),
+        )
+
+    def log(self, job_id: str) -> list[LogEntry]:
+        return [
+            LogEntry(*row)
+            for row in self._read(
+                "SELECT round, entry_hash, signature FROM round"
+                " WHERE job_id = ? AND entry_hash IS NOT NULL ORDER BY round",
+                job_id,
+            )
+        ]
+
+    def history(self, job_id: str, newest: int) -> list[RoundSummary]:
+        """The newest rounds, oldest first. Tokens and loss are those of leads that count."""
+        rows = self._read(
+            "SELECT r.round, r.phase, r.opened_unix_s, r.committed_unix_s,"
+            " (SELECT count(*) FROM pipeline p WHERE p.job_id = r.job_id AND p.round = r.round"
+            "  AND p.standing = 'whole'),"
+            " count(c.peer), coalesce(sum(c.payload_size), 0),"
+            " coalesce(sum(c.tokens) FILTER (WHERE c.lead AND c.counts), 0),"
+            " avg(c.loss) FILTER (WHERE c.lead AND c.counts),"
+            " coalesce(o.update_size, 0), coalesce(o.params_hash, x'')"
+            " FROM round r"
+            " LEFT JOIN contribution c ON c.job_id = r.job_id AND c.round = r.round"
+            " LEFT JOIN outcome o ON o.job_id = r.job_id AND o.round = r.round"
+            " WHERE r.job_id = ? AND r.round > 0"
+            " GROUP BY r.round ORDER BY r.round DESC LIMIT ?",
+            *(job_id, newest),
+        )
+        return [RoundSummary(*row) for row in reversed(rows)]
+
+    def totals(self, job_id: str) -> JobTotals:
+        ((contribution_bytes,),) = self._read(
+            "SELECT coalesce(sum(payload_size), 0) FROM contribution WHERE job_id = ?", job_id
+        )
+        ((pipeline_rounds,),) = self._read(
+            "SELECT count(*) FROM pipeline JOIN round USING (job_id, round)"
+            " WHERE job_id = ? AND standing = 'whole' AND phase = 'committed'",
+            job_id,
+        )
+        return JobTotals(contribution_bytes, pipeline_rounds)
+
+    def referenced_blobs(self, kept_rounds: int) -> set[bytes]:
+        """Every blob that a job still needs, or that its nodes may still ask for.
+
+        Payloads and outer states go back one committed round: the newest state can be made again.
+        """
+        return {
+            sha256
+            for (sha256,) in self._read(
+                "WITH newest AS (SELECT job_id, max(round) AS round FROM outcome GROUP BY job_id)"
+                " SELECT dataset FROM job WHERE state != 'finished'"
+                " UNION SELECT payload FROM contribution JOIN newest USING (job_id)"
+                "  WHERE contribution.round >= newest.round"
+                " UNION SELECT state_blob FROM outcome JOIN newest USING (job_id)"
+                "  WHERE outcome.round >= newest.round - 1"
+                " UNION SELECT update_blob FROM outcome JOIN newest USING (job_id)"
+                "  WHERE outcome.round > newest.round - ?1"
+                " UNION SELECT snapshot_blob FROM outcome JOIN newest USING (job_id)"
+                "  WHERE outcome.round > newest.round - ?1"
+                " UNION SELECT sha256 FROM adapter_file JOIN newest USING (job_id)"
+                "  WHERE adapter_file.round > newest.round - ?1",
+                kept_rounds,
+            )
+        }
+
+    def _read(self, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
+        # The one place where rows are untyped: STRICT tables guarantee what the records above say.
+        return self._db.rows(sql, *values)

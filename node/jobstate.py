@@ -1,0 +1,140 @@
+"""What a node keeps on disk of a job: its blocks' parameters, moments and residual.
+
+    jobs/<job id>/state.safetensors     after each settled round
+    jobs/<job id>/pending.safetensors   the residual that holds if the contribution on its way counts
+    jobs/<job id>/pending.bin           that contribution
+
+A file is replaced whole (write aside, fsync, rename), so a kill leaves the old or the new one. The
+pending pair is written before the upload starts and removed after the round settled: a node that
+dies in between finishes the upload when it comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from swarm.adapters.registry import Parameters
+from swarm.errors import StorageError
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """`round`: the round these parameters start. `base_hash`: of all blocks' parameters then."""
+
+    round: int
+    base_hash: bytes
+    reference: Parameters
+    residual: Parameters
+    moments: Parameters
+    steps: int
+
+
+@dataclass(frozen=True)
+class PendingContribution:
+    """A contribution that was begun: all that is needed to finish it."""
+
+    round: int
+    request: bytes
+    """Serialized ContributeRequest."""
+    payload: bytes
+    residual: Parameters
+
+
+class JobFolder:
+    """The files of one job on this node."""
+
+    def __init__(self, root: Path, job_id: str) -> None:
+        self._folder = root / "jobs" / job_id
+        self._state = self._folder / "state.safetensors"
+        self._pending = self._folder / "pending.safetensors"
+        self._payload = self._folder / "pending.bin"
+
+    def save(self, state: SavedState) -> None:
+        arrays: Parameters = dict(state.moments)
+        arrays |= {f"p/{key}": value for key, value in state.reference.items()}
+        arrays |= {f"e/{key}": value for key, value in state.residual.items()}
+        facts = {"round": state.round, "base_hash": state.base_hash.hex(), "steps": state.steps}
+        self._write(self._state, _dump(arrays, facts))
+
+    def load(self) -> SavedState | None:
+        """The last settled state; None if there is none, or it is damaged (it can be rebuilt)."""
+        loaded = _load(self._state)
+        if loaded is None:
+            return None
+        arrays, facts = loaded
+        return SavedState(
+            round=int(facts["round"]),
+            base_hash=bytes.fromhex(str(facts["base_hash"])),
+            reference=_under(arrays, "p/"),
+            residual=_under(arrays, "e/"),
+            moments={key: value for key, value in arrays.items() if key.startswith(("m/", "v/"))},
+            steps=int(facts["steps"]),
+        )
+
+    def save_pending(self, pending: PendingContribution) -> None:
+        self._write(self._payload, pending.payload)
+        facts = {"round": pending.round, "request": pending.request.hex()}
+        self._write(self._pending, _dump({f"e/{k}": v for k, v in pending.residual.items()}, facts))
+
+    def load_pending(self) -> PendingContribution | None:
+        loaded = _load(self._pending)
+        if loaded is None or not self._payload.exists():
+            return None
+        arrays, facts = loaded
+        return PendingContribution(
+            round=int(facts["round"]),
+            request=bytes.fromhex(str(facts["request"])),
+            payload=self._payload.read_bytes(),
+            residual=_under(arrays, "e/"),
+        )
+
+    def clear_pending(self) -> None:
+        self._pending.unlink(missing_ok=True)
+        self._payload.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """The job is over for this node."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _dump(arrays: Mapping[str, NDArray[np.float32]], facts: Mapping[str, object]) -> bytes:
+    # safetensors refuses an empty file; a marker keeps the round's facts readable all the same.
+    tensors = {key: np.ascontiguousarray(value) for key, value in arrays.items()} or {"none": np.zeros(1, np.float32)}
+    return save(tensors, metadata={"facts": json.dumps(dict(facts))})
+
+
+def _load(path: Path) -> tuple[Parameters, dict[str, int | str]] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="numpy") as reader:
+            facts = json.loads(reader.metadata()["facts"])
+            return {key: reader.get_tensor(key) for key in reader.keys() if key != "none"}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _under(arrays: Parameters, prefix: str) -> Parameters:
+    return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}

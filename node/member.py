@@ -1,0 +1,277 @@
+"""This node's part in one job, round by round: prepare, contribute, settle.
+
+    prepare(round)   hold the parameters the round starts from: kept, updated, or from a snapshot
+    contribute(…)    delta → error feedback → compress → to disk → upload → receipt
+    settle(round)    final receipt and commit → apply the published update → to disk
+
+The reference parameters are the fp32 sum of decoded updates, added in the coordinator's order, and
+their hash is checked after every round; a mismatch fetches a snapshot. A contribution that was
+not accepted is void: its samples are leased again, so its delta does not enter the residual.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from node.compute import Compute, Priority
+from node.jobstate import JobFolder, PendingContribution, SavedState
+from node.link import Link
+from node.stage import AdapterStage
+from swarm.adapters.registry import ModelAdapters, Parameters
+from swarm.compress import FrameContext, compress_with_feedback, decode
+from swarm.config import JobSpec
+from swarm.errors import CorruptData, JobConflict
+from swarm.ids import Span, block_of, sha256
+from swarm.optim.params import block_hash, by_block, hash_all, unpack_block
+from swarm.wire.v1 import common_pb2
+from swarm.wire.v1 import coordinator_pb2 as pb
+
+FIRST_ROUND = 1
+_WAIT_S = 20.0
+_COUNTED = (pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED)
+_VOID = (pb.VERDICT_LATE, pb.VERDICT_REJECTED)
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a finished set of inner steps tells the coordinator beside the delta."""
+
+    round: int
+    generation: int
+    pipeline_id: int
+    inner_steps: int
+    tokens: int
+    lease_id: int
+
+
+class JobMember:
+    """One job on this node. Calls are serialized: a round is settled before the next is prepared."""
+
+    def __init__(
+        self,
+        job_id: str,
+        spec: JobSpec,
+        span: Span,
+        stage: AdapterStage,
+        adapters: ModelAdapters,
+        compute: Compute,
+        link: Link,
+        folder: JobFolder,
+    ) -> None:
+        self.job_id = job_id
+        self.spec = spec
+        self.span = span
+        self.stage = stage
+        self._adapters = adapters
+        self._compute = compute
+        self._link = link
+        self._folder = folder
+        self._lock = asyncio.Lock()
+        self._round = 0
+        """The round that `_reference` starts; 0 before the first `prepare`."""
+        self._reference: Parameters = {}
+        self._base_hash = b""
+        self._residual: Parameters = {}
+
+    async def prepare(self, round: int) -> None:
+        """Hold the parameters that `round` starts from, with no inner work on top of them."""
+        async with self._lock:
+            if self._round == 0:
+                await self._restore(round)
+            if self._round != round:
+                await self._catch_up(round)
+            await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
+
+    async def contribute_and_settle(self, work: Work) -> pb.RoundReply:
+        """Send this node's delta of the round and see the round through to its end."""
+        async with self._lock:
+            await self._contribute(work)
+            return await self._settle(work.round)
+
+    async def finish_pending(self) -> None:
+        """After a restart: finish a contribution that was begun. Call before the first `prepare`."""
+        pending = await asyncio.to_thread(self._folder.load_pending)
+        if pending is None:
+            return
+        request = pb.ContributeRequest.FromString(pending.request)
+        log.info("contribution_resumed", job=self.job_id, round=pending.round)
+        async with self._lock:
+            saved = await asyncio.to_thread(self._folder.load)
+            if saved is None or saved.round != pending.round:
+                self._folder.clear_pending()
+                return
+            self._adopt(saved)
+            await self._compute.run(Priority.TRAIN, self.stage.set_moments, saved.moments, saved.steps)
+            receipt = await self._upload(request, pending.payload)
+            if receipt.verdict in _VOID:
+                self._folder.clear_pending()
+                return
+            await self._settle(pending.round)
+
+    async def _contribute(self, work: Work) -> None:
+        now = await self._compute.run(Priority.TRAIN, self.stage.values)
+        context = FrameContext(self.job_id, work.round, self._base_hash)
+
+        def compress() -> tuple[bytes, Parameters]:
+            delta = {key: self._reference[key] - now[key] for key in now}
+            compressed = compress_with_feedback(delta, self._residual or None, self.spec.uplink, context)
+            return compressed.frame, compressed.residual
+
+        payload, residual = await asyncio.to_thread(compress)
+        request = pb.ContributeRequest(
+            job_id=self.job_id,
+            round=work.round,
+            generation=work.generation,
+            pipeline_id=work.pipeline_id,
+            payload_sha256=sha256(payload),
+            payload_size=len(payload),
+            inner_steps=work.inner_steps,
+            tokens=work.tokens,
+            lease_id=work.lease_id,
+            span=common_pb2.Span(start=self.span.start, end=self.span.end),
+        )
+        pending = PendingContribution(work.round, request.SerializeToString(), payload, residual)
+        await asyncio.to_thread(self._folder.save_pending, pending)
+        receipt = await self._upload(request, payload)
+        log.info(
+            "contributed",
+            job=self.job_id,
+            round=work.round,
+            bytes=len(payload),
+            verdict=pb.Verdict.Name(receipt.verdict),
+            reason=receipt.reason,
+        )
+
+    async def _upload(self, request: pb.ContributeRequest, payload: bytes) -> pb.Receipt:
+        await self._link.call(lambda client: client.put_blob(payload, contribution=True))
+        return await self._link.call(lambda client: client.contribute(request))
+
+    async def _settle(self, round: int) -> pb.RoundReply:
+        request = pb.AwaitRoundRequest(job_id=self.job_id, round=round, wait_s=_WAIT_S)
+        while True:
+            reply = await self._link.call(lambda client: client.await_round(request))
+            if reply.committed or reply.receipt.verdict in _VOID:
+                break
+        pending = await asyncio.to_thread(self._folder.load_pending)
+        counted = reply.receipt.verdict in _COUNTED
+        if pending is not None and pending.round == round and counted:
+            self._residual = pending.residual
+        if not counted:
+            log.warning("contribution_void", job=self.job_id, round=round, reason=reply.receipt.reason)
+        if reply.committed:
+            await self._apply(reply.update)
+            await self._save()
+        self._folder.clear_pending()
+        return reply
+
+    async def _apply(self, update: pb.OuterUpdate) -> None:
+        """Add one published update to the reference, or take its snapshot if the hashes differ."""
+        try:
+            self._reference = await self._updated(update)
+            self._base_hash = update.params_hash
+        except CorruptData as error:
+            log.warning("update_mismatch", job=self.job_id, round=update.round, error=str(error))
+            await self._take_snapshot(update)
+        self._round = update.round + 1
+
+    async def _updated(self, update: pb.OuterUpdate) -> Parameters:
+        frames = await self._ranges(update.blob, update.blocks)
+        result: Parameters = {}
+        for block, keys in by_block(self._reference).items():
+            before = {key: self._reference[key] for key in keys}
+            entry, frame = frames[block]
+            if frame:
+                context = FrameContext(self.job_id, update.round, block_hash(before))
+                shapes = {key: value.shape for key, value in before.items()}
+                decoded = await asyncio.to_thread(decode, frame, shapes, context)
+                before = {key: before[key] + decoded[key] for key in keys}
+            if block_hash(before) != entry.params_hash:
+                raise CorruptData(f"block {block} has other parameters than the coordinator after round {update.round}")
+            result |= before
+        return result
+
+    async def _take_snapshot(self, update: pb.OuterUpdate) -> None:
+        pieces = await self._ranges(update.snapshot, update.snapshot_blocks)
+        result: Parameters = {}
+        for block, keys in by_block(self.stage.shapes).items():
+            entry, raw = pieces[block]
+            values = unpack_block(raw, {key: self.stage.shapes[key] for key in keys})
+            if block_hash(values) != entry.params_hash:
+                raise CorruptData(f"the snapshot of block {block} after round {update.round} has another hash")
+            result |= values
+        self._reference = result
+        self._base_hash = update.params_hash
+
+    async def _ranges(
+        self, blob: bytes, blocks: Iterable[pb.BlockUpdate]
+    ) -> dict[str, tuple[pb.BlockUpdate, bytes]]:
+        """This node's blocks out of a blob, in one download where they lie together; each verified."""
+        own = set(by_block(self.stage.shapes))
+        wanted = [entry for entry in blocks if entry.block in own]
+        missing = own - {entry.block for entry in wanted}
+        if missing:
+            raise CorruptData(f"the round's manifest lacks blocks {', '.join(sorted(missing))}")
+        start = min(entry.offset for entry in wanted)
+        end = max(entry.offset + entry.length for entry in wanted)
+        content = await self._link.call(lambda client: client.get_range(blob, start, end - start))
+        pieces = {}
+        for entry in wanted:
+            piece = content[entry.offset - start : entry.offset - start + entry.length]
+            if sha256(piece) != entry.sha256:
+                raise CorruptData(f"block {entry.block} of the round's blob has another hash")
+            pieces[entry.block] = (entry, piece)
+        return pieces
+
+    async def _restore(self, round: int) -> None:
+        """On the first round since the start: what the disk holds, or the job's initial values."""
+        saved = await asyncio.to_thread(self._folder.load)
+        if saved is not None and saved.reference.keys() == self.stage.shapes.keys():
+            self._adopt(saved)
+            await self._compute.run(Priority.TRAIN, self.stage.set_moments, saved.moments, saved.steps)
+        if self._round == 0 and round == FIRST_ROUND:
+            await asyncio.to_thread(self._initialize)
+
+    def _initialize(self) -> None:
+        whole = self._adapters.initial(self.spec.method, self.spec.schedule.seed)
+        self._reference = {key: whole[key] for key in whole if int(block_of(key)) in self.span}
+        self._base_hash = hash_all(whole)
+        self._round = FIRST_ROUND
+
+    def _adopt(self, saved: SavedState) -> None:
+        self._reference, self._residual = saved.reference, saved.residual
+        self._base_hash, self._round = saved.base_hash, saved.round
+
+    async def _catch_up(self, round: int) -> None:
+        """Reach the parameters `round` starts from: one update if we hold the round before, else a snapshot."""
+        request = pb.AwaitRoundRequest(job_id=self.job_id, round=round - 1, wait_s=_WAIT_S)
+        reply = await self._link.call(lambda client: client.await_round(request))
+        if not reply.committed:
+            raise JobConflict(f"round {round} of job {self.job_id} cannot start: {reply.reason}", "wait for it")
+        if self._round == round - 1 and self._reference.keys() == self.stage.shapes.keys():
+            await self._apply(reply.update)
+        else:
+            await self._take_snapshot(reply.update)
+            self._round = round
+        await self._save()
+
+    async def _save(self) -> None:
+        moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
+        state = SavedState(self._round, self._base_hash, self._reference, self._residual, moments, steps)
+        await asyncio.to_thread(self._folder.save, state)
+
+    def block_hashes(self) -> dict[str, bytes]:
+        """Hash of each of this node's blocks as the reference holds it."""
+        return {
+            block: block_hash({key: self._reference[key] for key in keys})
+            for block, keys in by_block(self._reference).items()
+        }
+
+    def close(self) -> None:
+        self.stage.close()
+
+

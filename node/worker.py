@@ -1,0 +1,354 @@
+"""This node's work for a coordinator: register, poll, train what it is assigned, hold what was trained.
+
+The poll is the heartbeat and brings the assignment. The lead of a pipeline (index 0) runs its
+rounds; the other stages wait for the lead's chain, which is accepted only if it is exactly the
+one the coordinator assigned. An assignment that changes ends what was going on for the old one,
+unless that is only waiting for its round to settle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from node.adapters import AdapterStore
+from node.compute import Compute, Priority
+from node.jobstate import JobFolder
+from node.lead import LeadLoop, Progress
+from node.link import Link
+from node.member import FIRST_ROUND, JobMember, Work
+from node.memory import Ledger
+from node.serving import NodeModel
+from node.stage import AdapterStage
+from swarm.config import job_from_json
+from swarm.data.dataset import ChatDataset, parse_chat_lines
+from swarm.errors import SessionError, SwarmError
+from swarm.ids import Span
+from swarm.metrics import Traffic
+from swarm.model.shard import Head
+from swarm.net.chain import Chain, TrainingBinding
+from swarm.net.p2p import Peer
+from swarm.net.view import AdapterInfo, FileInfo, Hop
+from swarm.wire.v1 import chain_pb2, common_pb2
+from swarm.wire.v1 import coordinator_pb2 as pb
+from swarm.wire.version import hello
+
+POLL_WAIT_S = 2.0
+ASSIGNMENT_TIMEOUT_S = 20.0
+CHAIN_STEP_TIMEOUT_S = 300.0
+log = structlog.get_logger()
+
+
+class Worker:
+    """Takes part in jobs. Run with `run` until cancelled."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        compute: Compute,
+        model: NodeModel,
+        ledger: Ledger,
+        link: Link,
+        adapters: AdapterStore,
+        traffic: Traffic,
+        data_dir: Path,
+    ) -> None:
+        self._peer = peer
+        self._compute = compute
+        self._model = model
+        self._ledger = ledger
+        self._link = link
+        self._adapters = adapters
+        self._traffic = traffic
+        self._data_dir = data_dir
+        self._members: dict[str, JobMember] = {}
+        self._assignment: pb.Assignment | None = None
+        self._assigned = asyncio.Condition()
+        self._progress = Progress()
+        self._lead_task: asyncio.Task[None] | None = None
+        self._settling: dict[str, asyncio.Task[None]] = {}
+        self._head: Head | None = None
+        self._tokenizer: Any = None
+        self._datasets: dict[bytes, ChatDataset] = {}
+        self.reason = ""
+
+    async def run(self) -> None:
+        """Register and poll until cancelled; outages are waited out."""
+        try:
+            await self._register()
+            seen = 0
+            while True:
+                request = pb.PollRequest(seen=seen, wait_s=POLL_WAIT_S, traffic=self._traffic.to_proto())
+                if self._lead_task is not None and self._assignment is not None:
+                    request.progress.CopyFrom(self._progress_message(self._assignment.job_id))
+                reply = await self._link.call(lambda client, r=request: client.poll(r))  # type: ignore[misc]
+                if reply.register_again:
+                    await self._register()
+                    continue
+                seen = reply.version
+                if reply.reason != self.reason:
+                    self.reason = reply.reason
+                    log.info("standing", reason=reply.reason or "working")
+                await self._assign(reply.assignment if reply.HasField("assignment") else None)
+                for finished in reply.adapters:
+                    await self._hold(finished)
+        finally:
+            await self._end_all()
+
+    async def _register(self) -> None:
+        span = common_pb2.Span(start=self._model.span.start, end=self._model.span.end)
+        request = pb.RegisterRequest(
+            hello=hello(self._model.checkpoint.model_hash, ("train",)),
+            span=span,
+            addrs=self._peer.addrs,
+            device=str(self._model.shard.device),
+            dtype=str(self._model.shard.dtype).removeprefix("torch."),
+        )
+        await self._link.call(lambda client: client.register(request))
+        log.info("registered", blocks=str(self._model.span))
+
+    def _progress_message(self, job_id: str) -> pb.TrainProgress:
+        p = self._progress
+        return pb.TrainProgress(
+            job_id=job_id, round=p.round, inner_step=p.inner_step, loss=p.loss, tokens_per_s=p.tokens_per_s
+        )
+
+    async def _assign(self, new: pb.Assignment | None) -> None:
+        old = self._assignment
+        if _same(old, new):
+            return
+        if self._lead_task is not None and self._lead_task.done():
+            self._lead_task = None
+        if self._lead_task is not None:
+            await _cancel(self._lead_task)
+            self._lead_task = None
+        if new is not None and old is not None and (old.job_id, old.round) == (new.job_id, new.round):
+            # The round was formed anew: what waits for the old forming to settle would wait forever.
+            settling = self._settling.pop(new.job_id, None)
+            if settling is not None:
+                await _cancel(settling)
+        async with self._assigned:
+            self._assignment = new
+            self._assigned.notify_all()
+        if new is not None:
+            log.info("assigned", job=new.job_name, round=new.round, stage=new.index, of=len(new.hops))
+            if new.index == 0:
+                self._lead_task = asyncio.create_task(self._lead(new))
+
+    async def _member(self, assignment: pb.Assignment) -> JobMember:
+        hop = assignment.hops[assignment.index]
+        span = Span(hop.span.start, hop.span.end)
+        member = self._members.get(assignment.job_id)
+        if member is not None and member.span != span:
+            member.close()
+            member = None
+        if member is None:
+            spec = job_from_json(assignment.spec_json)
+            owner = f"job {assignment.job_name}"
+            stage = await self._compute.run(
+                Priority.BACKGROUND, AdapterStage, self._model, span, spec, self._ledger, owner
+            )
+            folder = JobFolder(self._data_dir, assignment.job_id)
+            adapters = self._model.adapters
+            member = JobMember(
+                assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder
+            )
+            await member.finish_pending()
+            self._members[assignment.job_id] = member
+        return member
+
+    # ---- stage -------------------------------------------------------------------------------
+
+    async def accept(self, caller: str, request: chain_pb2.Open) -> StageSession:
+        """The stage of a lead's chain, if the coordinator assigned exactly this one. Raises SessionError."""
+
+        def matches() -> bool:
+            mine = self._assignment
+            return (
+                mine is not None
+                and mine.index == request.index
+                and (mine.job_id, mine.pipeline_id, mine.generation)
+                == (request.job_id, request.pipeline_id, request.generation)
+                and [h.peer_id for h in mine.hops] == [h.peer_id for h in request.hops]
+                and mine.hops[0].peer_id == caller
+            )
+
+        try:
+            async with asyncio.timeout(ASSIGNMENT_TIMEOUT_S), self._assigned:
+                await self._assigned.wait_for(matches)
+        except TimeoutError as error:
+            raise SessionError("the coordinator did not assign this training chain to this node") from error
+        assert self._assignment is not None
+        assignment = self._assignment
+        return StageSession(self, await self._member(assignment), assignment)
+
+    def settle_later(self, member: JobMember, work: Work) -> None:
+        """Contribute and settle a stage's round beside its chain, which may end meanwhile."""
+        self._settling[member.job_id] = asyncio.create_task(self._settle(member, work))
+
+    async def _settle(self, member: JobMember, work: Work) -> None:
+        try:
+            await member.contribute_and_settle(work)
+        except SwarmError as error:
+            log.warning("round_failed", job=member.job_id, round=work.round, error=str(error))
+
+    # ---- lead --------------------------------------------------------------------------------
+
+    async def _lead(self, assignment: pb.Assignment) -> None:
+        try:
+            await self._lead_round(assignment)
+        except SwarmError as error:
+            log.warning("round_failed", job=assignment.job_name, round=assignment.round, error=str(error))
+            request = pb.AbandonRequest(
+                job_id=assignment.job_id,
+                round=assignment.round,
+                generation=assignment.generation,
+                pipeline_id=assignment.pipeline_id,
+                reason=common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix),
+            )
+            await self._link.call(lambda client: client.abandon(request))
+        except Exception:
+            log.exception("lead_failed", job=assignment.job_name, round=assignment.round)
+            raise
+
+    async def _lead_round(self, assignment: pb.Assignment) -> None:
+        member = await self._member(assignment)
+        loop = await self._lead_loop(assignment, member)
+        await member.prepare(assignment.round)
+        chain = None
+        try:
+            if len(assignment.hops) > 1:
+                chain = await self._open_chain(assignment, member)
+                await chain.begin_round(assignment.round)
+            lease_request = pb.LeaseRequest(
+                job_id=assignment.job_id,
+                round=assignment.round,
+                generation=assignment.generation,
+                pipeline_id=assignment.pipeline_id,
+            )
+            lease = await self._link.call(lambda client: client.lease(lease_request))
+            work = await loop.train_round(assignment, lease, chain, FIRST_ROUND)
+        finally:
+            if chain is not None:
+                await chain.close()
+        # From here on the round is the coordinator's: a new assignment must not end it.
+        self.settle_later(member, work)
+
+    async def _lead_loop(self, assignment: pb.Assignment, member: JobMember) -> LeadLoop:
+        if self._head is None:
+            shard = self._model.shard
+            head = await self._compute.run(
+                Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device
+            )
+            self._head = head
+            self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
+        if assignment.dataset not in self._datasets:
+            digest, size = assignment.dataset, assignment.dataset_size
+            data = await self._link.call(lambda client: client.get_blob(digest, size))
+            self._datasets = {digest: await asyncio.to_thread(parse_chat_lines, data, assignment.job_name)}
+        dataset = self._datasets[assignment.dataset]
+        return LeadLoop(
+            member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress
+        )
+
+    async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
+        hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
+        binding = TrainingBinding(assignment.job_id, assignment.pipeline_id, assignment.generation)
+        return await Chain.open(
+            self._peer,
+            hops,
+            chain_pb2.MODE_TRAIN,
+            self._model.checkpoint.model_hash,
+            first=1,
+            training=binding,
+            encoding=member.spec.activations,
+            dtype=self._model.shard.dtype,
+            device=self._model.shard.device,
+            timeout_s=CHAIN_STEP_TIMEOUT_S,
+            count=self.count_activations,
+        )
+
+    def count_activations(self, size: int) -> None:
+        self._traffic.activation_bytes += size
+
+    # ---- finished adapters -------------------------------------------------------------------
+
+    async def _hold(self, finished: pb.FinishedAdapter) -> None:
+        if self._adapters.holds(finished.name, finished.round):
+            return
+        files = tuple(FileInfo(f.name, f.sha256, f.size) for f in finished.files)
+        contents = {}
+        for file in files:
+            contents[file.name] = await self._link.call(
+                lambda client, f=file: client.get_blob(f.sha256, f.size)  # type: ignore[misc]
+            )
+        self._adapters.add(AdapterInfo(finished.name, finished.job_id, finished.round, files, ()), contents)
+        await self._adapters.announce()
+        member = self._members.pop(finished.job_id, None)
+        if member is not None and finished.job_id not in self._settling:
+            member.close()
+
+    async def _end_all(self) -> None:
+        for task in [self._lead_task, *self._settling.values()]:
+            if task is not None:
+                await _cancel(task)
+
+
+class StageSession:
+    """A lead's training chain on this node, bound to one assignment."""
+
+    def __init__(self, worker: Worker, member: JobMember, assignment: pb.Assignment) -> None:
+        self._worker = worker
+        self._member = member
+        self._assignment = assignment
+
+    def admit(self, shape_BTD: tuple[int, ...], position: int) -> None:
+        self._member.stage.admit(shape_BTD, position)
+
+    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return self._member.stage.forward(seq, hidden_BTD, input_grad=True)
+
+    def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
+        grad = self._member.stage.backward(seq, grad_BTD)
+        assert grad is not None  # input_grad was asked for in forward
+        return grad
+
+    def step(self, lr: float) -> None:
+        self._member.stage.step(lr)
+
+    async def begin_round(self, round: int) -> None:
+        await self._member.prepare(round)
+
+    def end_round(self, message: chain_pb2.EndRound) -> None:
+        work = Work(
+            round=message.round,
+            generation=self._assignment.generation,
+            pipeline_id=self._assignment.pipeline_id,
+            inner_steps=message.inner_steps,
+            tokens=message.tokens,
+            lease_id=message.lease_id,
+        )
+        self._worker.settle_later(self._member, work)
+
+    def close(self) -> None:
+        """The chain ended; the member stays for the next one."""
+
+
+def _same(old: pb.Assignment | None, new: pb.Assignment | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    return (old.job_id, old.round, old.generation, old.pipeline_id) == (
+        new.job_id,
+        new.round,
+        new.generation,
+        new.pipeline_id,
+    )
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

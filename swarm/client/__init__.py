@@ -1,0 +1,1 @@
+"""Talking to a swarm: the coordinator's calls, sessions over nodes, generation and scoring."""

@@ -1,0 +1,262 @@
+"""The opener's end of a chain of nodes: a client that prompts, or a lead that trains.
+
+Frames go to the first hop, each hop pushes its output straight to the next, and the last hop
+answers on a stream of its own (`Attach`). Gradients and errors come back the same way. One
+stream a hop lives as long as the chain; a token costs one frame a hop.
+
+    opener ──Forward──▶ hop 1 ──▶ hop 2 ──▶ … ──▶ hop k ──Forward──▶ opener
+    opener ◀─Backward── hop 1 ◀── hop 2 ◀── … ◀── hop k ◀─Backward── opener
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from swarm.errors import PeerLost, ProtocolError, SwarmError
+from swarm.net.p2p import Peer
+from swarm.net.view import AdapterInfo, Hop
+from swarm.wire.frames import FrameStream
+from swarm.wire.tensors import pack, unpack
+from swarm.wire.v1 import chain_pb2 as pb
+from swarm.wire.v1 import common_pb2
+from swarm.wire.version import hello
+
+PROTOCOL = "/swarm/chain/1"
+OPEN_TIMEOUT_S = 60.0
+"""Opening may load weights into new modules and fetch an adapter; dialling alone has its own limit."""
+
+
+_ACCOUNT_GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class TrainingBinding:
+    """Which job and forming of its pipelines a training chain belongs to."""
+
+    job_id: str
+    pipeline_id: int
+    generation: int
+
+
+def hop_to_proto(hop: Hop) -> common_pb2.Hop:
+    span = common_pb2.Span(start=hop.span.start, end=hop.span.end)
+    return common_pb2.Hop(peer_id=hop.peer_id, span=span, addrs=hop.addrs)
+
+
+class Chain:
+    """An open chain. Make with `open`; always `close`. Every failure is a SwarmError on the awaiting call."""
+
+    def __init__(
+        self,
+        session_id: str,
+        hops: Sequence[Hop],
+        inputs: FrameStream[pb.Frame],
+        encoding: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self.session_id = session_id
+        self.hops = tuple(hops)
+        self._inputs = inputs
+        self._outputs: FrameStream[pb.Frame] | None = None
+        self._encoding = encoding
+        self._dtype = dtype
+        self._device = device
+        self._timeout_s = timeout_s
+        self._seq = 0
+        self._waiting: dict[tuple[str, int], asyncio.Future[torch.Tensor | None]] = {}
+        self._readers: list[asyncio.Task[None]] = []
+        self._failure: SwarmError | None = None
+        self._failed = asyncio.Event()
+
+    @classmethod
+    async def open(
+        cls,
+        peer: Peer,
+        hops: Sequence[Hop],
+        mode: pb.Mode,
+        model_hash: bytes,
+        *,
+        first: int = 0,
+        adapter: AdapterInfo | None = None,
+        training: TrainingBinding | None = None,
+        encoding: str = "float32",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        timeout_s: float = 60.0,
+        count: Callable[[int], None] | None = None,
+    ) -> Chain:
+        """Open every hop from index `first` on.
+
+        encoding: how activations cross the links. dtype, device: of the tensors that calls return.
+        timeout_s: the longest that one step of the whole chain may take.
+        Raises PeerLost, VersionError, ModelMismatch, SessionError and what a node's own checks raise.
+        """
+        session_id = uuid.uuid4().hex
+        message = pb.Open(
+            hello=hello(model_hash, ("push",)),
+            session_id=session_id,
+            mode=mode,
+            hops=[hop_to_proto(hop) for hop in hops],
+            index=first,
+            activation_encoding=encoding,
+        )
+        if adapter is not None:
+            files = [common_pb2.FileEntry(name=f.name, sha256=f.sha256, size=f.size) for f in adapter.files]
+            message.adapter.CopyFrom(pb.AdapterRef(name=adapter.name, files=files))
+        if training is not None:
+            message.job_id, message.pipeline_id = training.job_id, training.pipeline_id
+            message.generation = training.generation
+        head, tail = hops[first], hops[-1]
+        inputs = await peer.dial(head.peer_id, head.addrs, PROTOCOL, pb.Frame, count=count)
+        chain = cls(session_id, hops[first:], inputs, encoding, dtype, device or torch.device("cpu"), timeout_s)
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await inputs.send(pb.Frame(open=message))
+                await _expect_opened(inputs)
+                chain._outputs = await peer.dial(tail.peer_id, tail.addrs, PROTOCOL, pb.Frame, count=count)
+                attach = pb.Attach(hello=hello(model_hash), session_id=session_id)
+                await chain._outputs.send(pb.Frame(attach=attach))
+                await _expect_opened(chain._outputs)
+        except TimeoutError as error:
+            await chain.close()
+            raise PeerLost(f"the chain did not open within {OPEN_TIMEOUT_S:.0f} s") from error
+        except BaseException:
+            await chain.close()
+            raise
+        for stream in (chain._inputs, chain._outputs):
+            chain._readers.append(asyncio.create_task(chain._read(stream)))
+        return chain
+
+    async def forward(self, hidden_BTD: torch.Tensor, position: int = 0) -> tuple[int, torch.Tensor]:
+        """Push hidden states through all hops. Returns the step's number (for `backward`) and the output."""
+        self._seq += 1
+        meta, payload = pack(hidden_BTD, self._encoding)
+        frame = pb.Frame(forward=pb.Forward(seq=self._seq, position=position, tensor=meta))
+        output = await self._exchange("forward", self._seq, self._inputs, frame, payload)
+        assert output is not None
+        return self._seq, output
+
+    async def backward(self, seq: int, grad_BTD: torch.Tensor, *, step: bool, lr: float) -> torch.Tensor:
+        """Send the gradient of step `seq`'s output; returns that of its input.
+
+        step: whether every hop takes an optimizer step (at learning rate `lr`) after accumulating it.
+        """
+        meta, payload = pack(grad_BTD, self._encoding)
+        frame = pb.Frame(backward=pb.Backward(seq=seq, tensor=meta, step=step, lr=lr))
+        assert self._outputs is not None
+        grad = await self._exchange("backward", seq, self._outputs, frame, payload)
+        assert grad is not None
+        return grad
+
+    async def begin_round(self, round: int) -> None:
+        """Return once every hop holds the parameters that `round` starts from."""
+        await self._exchange("begin", round, self._inputs, pb.Frame(begin_round=pb.BeginRound(round=round)))
+
+    async def end_round(self, message: pb.EndRound) -> None:
+        """Tell every hop to contribute its own blocks; returns when all have taken note."""
+        await self._exchange("end", message.round, self._inputs, pb.Frame(end_round=message))
+
+    async def close(self) -> None:
+        """End the streams; nodes drop the session. Safe to call twice."""
+        for task in self._readers:
+            task.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        self._fail(PeerLost("the chain was closed", "open a new one"))
+        with suppress(SwarmError):
+            await self._inputs.send(pb.Frame(close=pb.Close()))
+        self._inputs.close()
+        if self._outputs is not None:
+            self._outputs.close()
+
+    async def _exchange(
+        self, kind: str, number: int, stream: FrameStream[pb.Frame], frame: pb.Frame, payload: bytes = b""
+    ) -> torch.Tensor | None:
+        if self._failure is not None:
+            raise self._failure
+        answer: asyncio.Future[torch.Tensor | None] = asyncio.get_running_loop().create_future()
+        self._waiting[(kind, number)] = answer
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await stream.send(frame, payload)
+                return await answer
+        except TimeoutError as error:
+            raise PeerLost(f"the chain {self._route()} did not answer within {self._timeout_s:.0f} s") from error
+        finally:
+            self._waiting.pop((kind, number), None)
+
+    async def _read(self, stream: FrameStream[pb.Frame]) -> None:
+        try:
+            while True:
+                received = await stream.receive()
+                if received is None:
+                    if stream is self._outputs:
+                        # A hop that failed in the middle also ends this stream; its own account of
+                        # what happened is on the way back along the chain and says more.
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(_ACCOUNT_GRACE_S):
+                                await self._failed.wait()
+                    raise PeerLost(f"node {stream.peer} went away")
+                self._take(*received)
+        except SwarmError as error:
+            self._fail(error)
+
+    def _take(self, frame: pb.Frame, payload: bytes) -> None:
+        kind = frame.WhichOneof("kind")
+        value: torch.Tensor | None = None
+        if kind == "forward":
+            number = frame.forward.seq
+            value = unpack(frame.forward.tensor, payload, self._dtype, self._device)
+        elif kind == "backward":
+            number = frame.backward.seq
+            value = unpack(frame.backward.tensor, payload, self._dtype, self._device)
+        elif kind == "begin_round":
+            kind, number = "begin", frame.begin_round.round
+        elif kind == "end_round":
+            kind, number = "end", frame.end_round.round
+        elif kind == "error":
+            raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
+        else:
+            raise ProtocolError(f"unexpected frame '{kind}' from a chain")
+        answer = self._waiting.get((kind, number))
+        if answer is not None and not answer.done():
+            answer.set_result(value)
+
+    def _fail(self, error: SwarmError) -> None:
+        # The first failure is the cause; what follows it is noise.
+        if self._failure is None:
+            self._failure = error
+            self._failed.set()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(self._failure)
+
+    def _route(self) -> str:
+        return " → ".join(f"{hop.peer_id[-6:]}[{hop.span}]" for hop in self.hops)
+
+
+async def _expect_opened(stream: FrameStream[pb.Frame]) -> None:
+    received = await stream.receive()
+    if received is None:
+        raise PeerLost(f"node {stream.peer} closed the stream while the chain opened")
+    frame, _ = received
+    kind = frame.WhichOneof("kind")
+    if kind == "error":
+        raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
+    if kind != "opened":
+        raise ProtocolError(f"expected 'opened' from {stream.peer}, got '{kind}'")
+
+
+def lost_hop(hop: Hop) -> PeerLost:
+    """The error that names a hop which went away."""
+    return PeerLost(f"node {hop.peer_id} (blocks {hop.span}) went away")
+
+
+
