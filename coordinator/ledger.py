@@ -147,9 +147,9 @@ class JobLedger:
                 self._storage.set_lease(self._job_id, lease)
         outcome = self._storage.outcome(self._job_id, round)
         assert outcome is not None, "the outcome is stored before the round is committed"
-        log = self._storage.log(self._job_id)
-        previous = log[-1].entry_hash if log else b""
-        entry = log_entry_hash(previous, self._job_id, round, sent, outcome.params_hash)
+        previous = self._storage.log_entry(self._job_id, round - 1)
+        link = previous.entry_hash if previous else b""
+        entry = log_entry_hash(link, self._job_id, round, sent, outcome.params_hash)
         signature = self._signer.sign(_LOG_DOMAIN + entry)
         self._storage.commit_round(self._job_id, LogEntry(round, entry, signature), self._clock.unix())
         return book

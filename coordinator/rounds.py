@@ -109,6 +109,31 @@ def advance(state: RoundsState, event: Event) -> Step:
             return _waiting(replace(state, fruitless=0), FORMING)
 
 
+def refusal(state: RoundsState, event: Contribution) -> Reply | None:
+    """Why a contribution is not stored, or None where it is."""
+    if not 1 <= event.round <= state.round:
+        return Reply(Answer.REJECTED, f"round {event.round} is not open; round {state.round} is")
+    if event.round < state.round:
+        return Reply(Answer.LATE, f"round {event.round} froze without it; round {state.round} is open")
+    pipeline = state.pipeline(event.pipeline_id)
+    if pipeline is None or pipeline.generation != event.generation or not pipeline.has(event.peer):
+        return Reply(
+            Answer.REJECTED,
+            f"the node is not in pipeline {event.pipeline_id}, generation {event.generation},"
+            f" of round {event.round}",
+        )
+    stored = pipeline.payload_of(event.peer)
+    if stored == event.payload:
+        return Reply(Answer.DUPLICATE)
+    if stored is not None:
+        return Reply(Answer.CONFLICT, f"another contribution to round {event.round} is already stored")
+    if pipeline.standing is Standing.LOST:
+        return Reply(Answer.LATE, f"the pipeline was given up: {pipeline.reason}")
+    if state.phase is not Phase.OPEN:
+        return Reply(Answer.LATE, f"round {event.round} froze without it")
+    return None
+
+
 def _waiting(state: RoundsState, reason: str) -> Step:
     after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
     return after, (JobChanged(after.job, reason, after.fruitless), FormPipelines())
@@ -145,12 +170,12 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
 
 
 def _contributed(state: RoundsState, event: Contribution) -> Step:
-    refusal = _refusal(state, event)
-    if refusal is not None:
-        return state, (refusal,)
+    reply = refusal(state, event)
+    if reply is not None:
+        return state, (reply,)
     held = Held(event.peer, event.payload)
     pipeline = state.pipeline(event.pipeline_id)
-    assert pipeline is not None, "_refusal answers an unknown pipeline"
+    assert pipeline is not None, "an unknown pipeline is refused above"
     together = tuple(sorted((*pipeline.held, held)))
     whole = len(together) == len(pipeline.members)
     standing = Standing.WHOLE if whole else Standing.ACTIVE
@@ -160,31 +185,6 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
         records += (JobChanged(after.job, after.reason, 0),)
     after, effects = _settle(after)
     return after, (*records, Reply(Answer.HELD), *effects)
-
-
-def _refusal(state: RoundsState, event: Contribution) -> Reply | None:
-    """Why a contribution is not stored, or None where it is."""
-    if event.round > state.round:
-        return Reply(Answer.REJECTED, f"round {event.round} is not open yet; round {state.round} is")
-    if event.round < state.round:
-        return Reply(Answer.LATE, f"round {event.round} froze without it; round {state.round} is open")
-    pipeline = state.pipeline(event.pipeline_id)
-    if pipeline is None or pipeline.generation != event.generation or not pipeline.has(event.peer):
-        return Reply(
-            Answer.REJECTED,
-            f"the node is not in pipeline {event.pipeline_id}, generation {event.generation},"
-            f" of round {event.round}",
-        )
-    stored = pipeline.payload_of(event.peer)
-    if stored == event.payload:
-        return Reply(Answer.DUPLICATE)
-    if stored is not None:
-        return Reply(Answer.CONFLICT, f"another contribution to round {event.round} is already stored")
-    if pipeline.standing is Standing.LOST:
-        return Reply(Answer.LATE, f"the pipeline was given up: {pipeline.reason}")
-    if state.phase is not Phase.OPEN:
-        return Reply(Answer.LATE, f"round {event.round} froze without it")
-    return None
 
 
 def _node_lost(state: RoundsState, event: NodeLost) -> Step:

@@ -296,15 +296,13 @@ class Storage:
             ),
         )
 
-    def log(self, job_id: str) -> list[LogEntry]:
-        return [
-            LogEntry(*row)
-            for row in self._read(
-                "SELECT round, entry_hash, signature FROM round"
-                " WHERE job_id = ? AND entry_hash IS NOT NULL ORDER BY round",
-                job_id,
-            )
-        ]
+    def log_entry(self, job_id: str, round: int) -> LogEntry | None:
+        found = self._read(
+            "SELECT round, entry_hash, signature FROM round"
+            " WHERE job_id = ? AND round = ? AND entry_hash IS NOT NULL",
+            *(job_id, round),
+        )
+        return LogEntry(*found[0]) if found else None
 
     def history(self, job_id: str, newest: int) -> list[RoundSummary]:
         """The newest rounds, oldest first. Tokens and loss are those of leads that count."""

@@ -23,11 +23,11 @@ from node.memory import Ledger, default_budget
 from node.serving import NodeModel, fitting_blocks
 from node.worker import Worker
 from swarm.datadir import DataDir
-from swarm.errors import DeviceError, InputError, ModelMismatch, OutOfMemory
+from swarm.errors import DeviceError, InputError, OutOfMemory
 from swarm.identity import Identity
 from swarm.ids import Span
 from swarm.metrics import Traffic
-from swarm.model.checkpoint import Checkpoint
+from swarm.model.checkpoint import open_for
 from swarm.model.shard import n_blocks
 from swarm.net.discovery import REFRESH_S, publish_span, snapshot, withdraw_span
 from swarm.net.join import JoinInfo
@@ -79,18 +79,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def open_model(join: JoinInfo, override: str) -> Checkpoint:
-    """The swarm's base model as this machine finds it. Raises ModelNotFound, ModelMismatch."""
-    revision = None if join.revision == "local" else join.revision
-    checkpoint = Checkpoint.open(override or join.model, revision)
-    if checkpoint.model_hash != join.model_hash:
-        raise ModelMismatch(
-            f"{checkpoint.name} has model hash {checkpoint.model_hash.hex()[:12]},"
-            f" the swarm runs {join.model} with {join.model_hash.hex()[:12]}"
-        )
-    return checkpoint
-
-
 async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -> None:
     """Serve until cancelled. `ready(span, peer id)` is called once others can reach this node.
 
@@ -98,7 +86,8 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
     """
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    checkpoint = await asyncio.to_thread(open_model, settings.join, settings.model)
+    join = settings.join
+    checkpoint = await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, settings.model)
     total = n_blocks(checkpoint.config)
     ledger = Ledger(settings.memory_bytes or default_budget(device))
     traffic = Traffic()

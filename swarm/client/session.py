@@ -115,16 +115,6 @@ class SwarmClient:
         """Open a session with a KV cache on every node of a chain. Close it after use."""
         return Session(self, await self._open(pb.MODE_CACHED, adapter))
 
-    async def logits(self, ids_BT: torch.Tensor, adapter: str = "") -> torch.Tensor:
-        """Logits [B, T, V] of right-padded token ids, in one stateless pass."""
-        chain = await self._open(pb.MODE_STATELESS, adapter)
-        try:
-            with torch.inference_mode():
-                _, hidden = await chain.forward(self.head.embed(ids_BT))
-                return self.head.logits(hidden)
-        finally:
-            await chain.close()
-
     async def scorer(self, adapter: str = "") -> Scorer:
         """An open chain for many stateless passes. Close it after use."""
         return Scorer(self, await self._open(pb.MODE_STATELESS, adapter))
@@ -202,7 +192,7 @@ class Scorer:
         self._chain = chain
 
     async def hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] after the last block, of right-padded token ids."""
+        """Hidden states [B, T, D] after the last block, of right-padded token ids [B, T]."""
         with torch.inference_mode():
             _, hidden = await self._chain.forward(self._client.head.embed(ids_BT))
             return hidden

@@ -20,9 +20,9 @@ from swarm.data.chat import IGNORED, EncodedSample
 class Batch:
     """The samples of one step; T is the longest one's length."""
 
-    input_ids_BT: torch.Tensor  # noqa: N815
+    input_ids_BT: torch.Tensor
     """int64, padded on the right."""
-    labels_BT: torch.Tensor  # noqa: N815
+    labels_BT: torch.Tensor
     """int64, -100 where there is no loss; not shifted."""
     lengths: tuple[int, ...]
     """Tokens of each row before padding."""

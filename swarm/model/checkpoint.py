@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from swarm.errors import CorruptData, ModelNotFound, UnsupportedModel
+from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, UnsupportedModel
 
 _MAX_HEADER_BYTES = 64 * 1024 * 1024
 _SAMPLED_TENSORS = 64
@@ -160,6 +160,20 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(source, **revision)
         except (OSError, ValueError) as error:
             raise ModelNotFound(f"{self.name} holds no tokenizer that can be read") from error
+
+
+def open_for(model: str, revision: str, model_hash: bytes, override: str = "") -> Checkpoint:
+    """The base model a join string names, as this machine finds it (at `override` if given).
+
+    Raises ModelNotFound, and ModelMismatch if what is found is another model or revision.
+    """
+    checkpoint = Checkpoint.open(override or model, None if revision == "local" else revision)
+    if checkpoint.model_hash != model_hash:
+        raise ModelMismatch(
+            f"{checkpoint.name} has model hash {checkpoint.model_hash.hex()[:12]},"
+            f" but the swarm runs {model} with {model_hash.hex()[:12]}"
+        )
+    return checkpoint
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], Any]:

@@ -35,7 +35,7 @@ def test_decodes_to_what_the_settings_promise(given_tensors: Tensors, codec: Cod
         assert np.isfinite(tensor).all()
         source = given_tensors[key]
         assert (tensor * np.sign(source) >= 0).all()
-        assert np.abs(tensor).max() <= 1.25 * np.abs(source).max()
+        assert float(np.abs(tensor).max()) <= 1.25 * float(np.abs(source).max())
     if codec.kind == "dense":
         assert same_bits(decoded, {key: given_tensors[key] for key in decoded})
 

@@ -22,6 +22,7 @@ ranks = hnp.arrays(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.integers(1, 150))
 def test_chunks_cover_every_coordinate_once(sizes: list[int], chunk: int) -> None:
     by_key = {f"{index}/w": size for index, size in enumerate(sizes)}
@@ -39,6 +40,7 @@ def test_chunks_cover_every_coordinate_once(sizes: list[int], chunk: int) -> Non
         assert np.array_equal(copies[key], flat)
 
 
+@settings(deadline=None)
 @given(ranks, st.data())
 def test_top_positions(ranks_RN: NDArray[np.uint32], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, ranks_RN.shape[1]))
@@ -71,6 +73,7 @@ def kept_positions(draw: st.DrawFn) -> tuple[int, NDArray[np.int64]]:
     return subset, np.array(draw(st.lists(choice, min_size=1, max_size=4)), np.int64)
 
 
+@settings(deadline=None)
 @given(kept_positions())
 def test_positions_round_trip(case: tuple[int, NDArray[np.int64]]) -> None:
     subset, positions_RK = case
@@ -98,12 +101,12 @@ def test_wrong_number_of_gaps_is_refused(data: bytes) -> None:
 
 def test_positions_beyond_the_chunk_are_refused() -> None:
     with pytest.raises(CodecError, match="beyond"):
-        positions.positions_from_gaps(np.array([[0, 0], [5, 3]]), 10)
+        positions.positions_from_gaps(np.array([[0, 0], [5, 4]]), 10)
     with pytest.raises(CodecError, match="exactly 2 of 10"):
         positions.read_bitmap(b"\xc0\x00\x80\x20", 2, 10, 2)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     hnp.arrays(np.float32, (3, 20), elements=st.floats(0, width=32, allow_nan=False, allow_infinity=False)),
     st.integers(1, 8),
@@ -139,6 +142,14 @@ def test_levels_that_are_no_magnitudes_are_refused(levels: list[int]) -> None:
         quantize.dequantize(np.zeros((1, 4), np.uint8), np.array([levels], np.uint16), 4)
 
 
+def test_subnormal_levels_are_zero() -> None:
+    """Some processes flush subnormals (torch.set_flush_denormal); all must decode the same bits."""
+    codes = np.arange(4, dtype=np.uint8)[None]
+    assert not quantize.dequantize(codes, np.array([[0x007F, 0x0001]], np.uint16), 3).any()
+    assert list(quantize.dequantize(codes, np.array([[0x0001, 0x3F80]], np.uint16), 3)[0]) == [0, 1, 2, 3]
+
+
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 40), st.data())
 def test_packing_round_trip(bits: int, rows: int, kept: int, data: st.DataObject) -> None:
     codes = data.draw(hnp.arrays(np.uint8, (rows, kept), elements=st.integers(0, (1 << (bits - 1)) - 1)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from contextlib import suppress
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import CodecError, FrameTooLarge
@@ -31,6 +32,7 @@ def frame(declared: int, blocks: bytes, window_byte: int = 0) -> bytes:
     return MAGIC + bytes([0b10 << 6, window_byte]) + struct.pack("<I", declared) + blocks
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=5000), st.sampled_from([1, 3, 9]))
 def test_round_trip(data: bytes, level: int) -> None:
     packed = compress(data, level)
@@ -111,20 +113,18 @@ def test_truncation_at_every_byte(content: bytes) -> None:
             decompress(packed[:size], limit_bytes=MIB)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_arbitrary_bytes_end_in_a_typed_error_or_within_the_limit(data: bytes, with_magic: bool) -> None:
-    try:
+    with suppress(CodecError):
         assert len(decompress(MAGIC * with_magic + data, limit_bytes=100)) <= 100
-    except CodecError:
-        pass
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=300), st.data())
 def test_a_flipped_bit_never_exceeds_the_limit(content: bytes, data: st.DataObject) -> None:
     packed = bytearray(compress(content))
     bit = data.draw(st.integers(0, 8 * len(packed) - 1))
     packed[bit // 8] ^= 1 << bit % 8
-    try:
+    with suppress(CodecError):
         assert len(decompress(bytes(packed), limit_bytes=300)) <= 300
-    except CodecError:
-        pass

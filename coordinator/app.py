@@ -1,0 +1,115 @@
+"""A whole coordinator in one object, without its network: what main.py and the tests start.
+
+In: a data folder, the base model's facts, an identity, bounds and a clock. Out: `service`, ready
+to be called. Opening recovers every job from the folder; closing finishes the step under way. A
+process that dies instead loses nothing that was acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from coordinator.background import Background
+from coordinator.blobs import BlobBounds, Blobs
+from coordinator.driver import Shared
+from coordinator.jobs import Jobs
+from coordinator.nodes import Nodes
+from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer, SystemClock
+from coordinator.service import CoordinatorService
+from coordinator.signal import Signal
+from coordinator.storage import Storage
+
+log = structlog.get_logger()
+
+
+class Coordinator:
+    """Use `open`, then `close`."""
+
+    def __init__(self, shared: Shared, nodes: Nodes, jobs: Jobs) -> None:
+        self.service = CoordinatorService(shared, nodes, jobs)
+        self.jobs = jobs
+        self.nodes = nodes
+        self._shared = shared
+        self._background = Background(shared.clock, shared.settings.retry_s, shared.assignments.notify)
+
+    @classmethod
+    async def open(
+        cls,
+        data_dir: Path,
+        model: ModelFacts,
+        identity: Signer,
+        settings: CoordinatorSettings | None = None,
+        clock: Clock | None = None,
+    ) -> Coordinator:
+        """Raises DataDirLocked, StorageError."""
+        settings = settings or CoordinatorSettings()
+        clock = clock or SystemClock()
+        storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point)
+        try:
+            bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
+            blobs = await asyncio.to_thread(
+                Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point
+            )
+            shared = Shared(
+                storage=storage,
+                blobs=blobs,
+                signer=identity,
+                clock=clock,
+                settings=settings,
+                model=model,
+                placement_lock=asyncio.Lock(),
+                assignments=Signal(),
+            )
+            nodes = Nodes(
+                await asyncio.to_thread(storage.nodes),
+                clock.monotonic(),
+                silent_s=settings.silent_s,
+                recovery_grace_s=settings.recovery_grace_s,
+            )
+            jobs = Jobs(shared, nodes)
+            coordinator = cls(shared, nodes, jobs)
+            await jobs.recover()
+        except BaseException:
+            await asyncio.to_thread(storage.close)
+            raise
+        coordinator._watch_nodes()
+        return coordinator
+
+    async def close(self) -> None:
+        """Stop the network side first: calls that come later fail."""
+        await self._background.stop()
+        await self.jobs.stop()
+        await asyncio.to_thread(self._shared.storage.close)
+
+    def _watch_nodes(self) -> None:
+        """Look at the nodes again when the next of them could have been silent for too long."""
+        now_s, settings = self._shared.clock.monotonic(), self._shared.settings
+        next_s = self.nodes.next_check_s()
+        # Nodes that register later cannot fall silent earlier than this.
+        latest_s = now_s + settings.silent_s
+        at_s = latest_s if next_s is None else min(max(next_s, now_s), latest_s)
+        # A node is lost when it was silent for longer, not for exactly as long.
+        self._background.set_alarm(at_s + settings.silent_s / 100, self._check_nodes)
+
+    def _check_nodes(self) -> None:
+        silent = self.nodes.silent(self._shared.clock.monotonic())
+        for peer in silent:
+            self.nodes.drop(peer)
+            reason = f"node {peer} was silent for more than {self._shared.settings.silent_s:g} s"
+            log.info("node_lost", peer=peer)
+            self._background.insist("forgetting a lost node", lambda peer=peer: self._forget(peer))
+            self.jobs.node_lost(peer, reason)
+        if silent:
+            self._shared.assignments.notify()
+        self._watch_nodes()
+
+    async def _forget(self, peer: str) -> None:
+        if self.nodes.get(peer) is None:
+            await asyncio.to_thread(self._delete, peer)
+
+    def _delete(self, peer: str) -> None:
+        with self._shared.storage.transaction("node lost"):
+            self._shared.storage.delete_node(peer)

@@ -1,0 +1,345 @@
+"""Drives one job: performs what its state machine decides, durable first.
+
+In: events from calls, nodes, timers and its own work. Every event goes through one lock: the
+state machine decides, the ledger makes the records durable in one transaction, only then is the
+new state visible and are actions taken. A call that is cancelled does not cancel its event. A
+step that fails on disk is tried again and `reason` says so; after a failed write the database is
+read again before anything else, so that memory never runs ahead of it or behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import structlog
+
+from coordinator.background import Background
+from coordinator.blobs import Blobs
+from coordinator.leases import Book, Lease
+from coordinator.ledger import JobLedger
+from coordinator.placement import Placement
+from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
+from coordinator.records import ContributionRecord, JobRecord, Outcome
+from coordinator.results import JobResults
+from coordinator.round_model import (
+    Abandoned,
+    Aggregate,
+    AggregateDone,
+    Answer,
+    Commit,
+    CommitNow,
+    Contribution,
+    Effect,
+    Event,
+    FormPipelines,
+    JobState,
+    NextRound,
+    NodeLost,
+    Offer,
+    OpenNext,
+    Phase,
+    Pipeline,
+    Record,
+    Reply,
+    Resume,
+    RoundsState,
+    Standing,
+    Tick,
+)
+from coordinator.rounds import advance, recover
+from coordinator.signal import Signal
+from coordinator.storage import Storage
+from swarm.config import JobSpec
+from swarm.errors import ContributionError, CoordinatorLost, JobConflict, StorageError
+from swarm.wire.v1 import coordinator_pb2 as pb
+
+log = structlog.get_logger()
+
+_VERDICTS = {
+    Answer.LATE: pb.VERDICT_LATE,
+    Answer.REJECTED: pb.VERDICT_REJECTED,
+    Answer.CONFLICT: pb.VERDICT_REJECTED,
+}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the drivers of all jobs have in common."""
+
+    storage: Storage
+    blobs: Blobs
+    signer: Signer
+    clock: Clock
+    settings: CoordinatorSettings
+    model: ModelFacts
+    placement_lock: asyncio.Lock
+    """Held from looking for idle nodes until they are durably taken."""
+    assignments: Signal
+    """Notified when any node's part may have changed."""
+
+
+class Neighbours(Protocol):
+    """The other jobs, as a driver sees them."""
+
+    def place(self, job_id: str) -> Placement: ...
+
+    def nodes_freed(self, job_id: str) -> None: ...
+
+    async def collect(self) -> None: ...
+
+
+class JobDriver:
+    """One job. Create with the state read from the ledger, then `start`."""
+
+    def __init__(
+        self,
+        job: JobRecord,
+        spec: JobSpec,
+        results: JobResults,
+        ledger: JobLedger,
+        state: RoundsState,
+        book: Book,
+        published: dict[int, Outcome],
+        shared: Shared,
+        neighbours: Neighbours,
+    ) -> None:
+        self.job = job
+        self.spec = spec
+        self.results = results
+        self.ledger = ledger
+        self.changed = Signal()
+        self.published = published
+        """Outcomes of the newest committed rounds, by round."""
+        self.spare: dict[str, str] = {}
+        """Why the last placement had no use for a node."""
+        self._state = state
+        self._book = book
+        self._shared = shared
+        self._neighbours = neighbours
+        self._lock = asyncio.Lock()
+        self._background = Background(shared.clock, shared.settings.retry_s, self._notify)
+        self._forming = False
+        self._doubtful = False
+
+    # --- what others see ----------------------------------------------------------------------
+
+    @property
+    def state(self) -> RoundsState:
+        """The newest durable state."""
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why the job waits, is paused, or has trouble; empty if all goes well."""
+        return self._background.trouble or self._state.reason
+
+    @property
+    def committed_round(self) -> int:
+        return self._state.round if self._state.phase is Phase.COMMITTED else self._state.round - 1
+
+    def assignment_of(self, peer: str) -> Pipeline | None:
+        """The pipeline that a node belongs to in the current round."""
+        if self._state.job is not JobState.RUNNING:
+            return None
+        counting = self._state.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        return next((pipeline for pipeline in counting if pipeline.has(peer)), None)
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Go on where the stored state stopped."""
+        self._resume_from(self._state)
+
+    async def stop(self) -> None:
+        """Finish the step under way, take no other."""
+        await self._background.stop()
+
+    # --- events from outside ------------------------------------------------------------------
+
+    async def contribute(self, event: Contribution, submission: ContributionRecord | None) -> bytes:
+        """The signed receipt. `submission` is stored if the event is; None where it is known not to be."""
+        return await self._background.uncancelled(self._contribute(event, submission))
+
+    async def lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
+        """Raises ContributionError: not the lead of a pipeline that trains in this round."""
+        return await self._background.uncancelled(self._lease(caller, round, generation, pipeline_id))
+
+    async def abandon(self, caller: str, round: int, generation: int, pipeline_id: int, why: str) -> None:
+        """A member gives its pipeline up. Without effect on a pipeline that is whole or gone."""
+        pipeline = self._state.pipeline(pipeline_id) if round == self._state.round else None
+        if pipeline is None or pipeline.generation != generation:
+            return
+        if not pipeline.has(caller):
+            raise ContributionError(f"the node is not in pipeline {pipeline_id}")
+        event = Abandoned(self._now(), round, pipeline_id, why)
+        await self._background.uncancelled(self._apply(event))
+
+    async def resume(self) -> None:
+        """Raises JobConflict unless the job is paused."""
+        if self._state.job is not JobState.PAUSED:
+            raise JobConflict(f"job {self.job.name} is {self._state.job}, not paused", "see `swarm job list`")
+        await self._background.uncancelled(self._apply(Resume()))
+
+    def node_lost(self, peer: str, reason: str) -> None:
+        event = NodeLost(self._now(), peer, reason)
+        self._background.insist("recording a lost node", lambda: self._apply(event))
+
+    def nodes_changed(self) -> None:
+        """Idle nodes may be there: a waiting job looks again."""
+        waits = self._state.job is JobState.WAITING and self._state.phase is Phase.OPEN
+        if waits and not self._forming:
+            self._forming = True
+            self._background.insist("forming pipelines", self._form)
+
+    # --- the one step -------------------------------------------------------------------------
+
+    async def _apply(
+        self, event: Event, submission: ContributionRecord | None = None, outcome: Outcome | None = None
+    ) -> Reply | None:
+        async with self._lock:
+            await self._be_certain()
+            state, effects = advance(self._state, event)
+            records = [effect for effect in effects if isinstance(effect, Record)]
+            if records:
+                try:
+                    self._book = await asyncio.to_thread(
+                        self.ledger.store, self._book, records, submission, outcome
+                    )
+                except StorageError:
+                    self._doubtful = True
+                    raise
+                steps = [type(record).__name__ for record in records]
+                log.info("job_step", job=self.job.name, round=state.round, phase=state.phase, steps=steps)
+            self._publish(state, effects)
+            return next((effect for effect in effects if isinstance(effect, Reply)), None)
+
+    async def _be_certain(self) -> None:
+        """After a failed write, learn from the database whether it happened."""
+        if self._background.stopping:
+            raise CoordinatorLost("the coordinator is stopping", "try again when it is back")
+        if not self._doubtful:
+            return
+        stored, self._book = await asyncio.to_thread(self.ledger.load, self._state.rules)
+        self._doubtful = False
+        if stored != replace(self._state, deadline_s=None):
+            self._resume_from(stored)
+
+    def _resume_from(self, stored: RoundsState) -> None:
+        state, effects = recover(stored, self._now())
+        self._publish(state, effects)
+
+    def _publish(self, state: RoundsState, effects: tuple[Effect, ...]) -> None:
+        """Make a durable state the visible one, then act on it."""
+        freed = self._state.busy_peers() - state.busy_peers()
+        self._state = state
+        self._background.set_alarm(state.deadline_s, self._at_deadline)
+        for effect in effects:
+            match effect:
+                case FormPipelines():
+                    self.nodes_changed()
+                case Aggregate(round):
+                    self._background.insist("aggregating", partial(self._aggregate, round))
+                case Commit(round):
+                    self._background.insist("committing", partial(self._commit, round))
+                case OpenNext():
+                    self._background.insist("opening the next round", self._open_next)
+                case _:
+                    pass
+        self._notify()
+        if freed:
+            self._neighbours.nodes_freed(self.job.job_id)
+
+    def _notify(self) -> None:
+        self.changed.notify()
+        self._shared.assignments.notify()
+
+    def _now(self) -> float:
+        return self._shared.clock.monotonic()
+
+    # --- actions ------------------------------------------------------------------------------
+
+    def _at_deadline(self) -> None:
+        # The timer may ring a moment early by the clock; it rang for this deadline all the same.
+        event = Tick(max(self._now(), self._state.deadline_s or 0.0))
+        self._background.insist("closing the round", lambda: self._apply(event))
+
+    async def _form(self) -> None:
+        async with self._shared.placement_lock:
+            self._forming = False
+            placement = self._place()
+            await self._apply(Offer(self._now(), placement.pipelines, placement.missing))
+
+    async def _open_next(self) -> None:
+        async with self._shared.placement_lock:
+            placement = self._place()
+            await self._apply(NextRound(self._now(), placement.pipelines, placement.missing))
+
+    def _place(self) -> Placement:
+        placement = self._neighbours.place(self.job.job_id)
+        self.spare = dict(placement.unused)
+        return placement
+
+    async def _aggregate(self, round: int) -> None:
+        outcome = await asyncio.to_thread(self.results.aggregate, self._shared.storage, round)
+        await self._apply(AggregateDone(round), outcome=outcome)
+
+    async def _commit(self, round: int) -> None:
+        outcome = await asyncio.to_thread(self._shared.storage.outcome, self.job.job_id, round)
+        if outcome is None:
+            raise StorageError(f"the database lacks the outcome of round {round}")
+        # Known before it counts: whoever sees the committed round finds its update.
+        self.published[round] = outcome
+        await self._apply(CommitNow(round))
+        for old in [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]:
+            del self.published[old]
+        await self._neighbours.collect()
+
+    async def _contribute(self, event: Contribution, submission: ContributionRecord | None) -> bytes:
+        reply = await self._apply(event, submission)
+        assert reply is not None, "a contribution is always answered"
+        if reply.answer is Answer.HELD and submission is not None:
+            return submission.receipt
+        if reply.answer is Answer.DUPLICATE:
+            return await self.stored_receipt(event.round, event.peer, event.payload) or b""
+        if reply.answer is Answer.CONFLICT:
+            log.warning("contribution_conflict", job=self.job.name, round=event.round, peer=event.peer)
+        return self.ledger.receipt(
+            event.round, event.peer, _VERDICTS[reply.answer], reply.reason, event.payload
+        )
+
+    async def stored_receipt(self, round: int, peer: str, payload: bytes | None = None) -> bytes | None:
+        """The newest receipt of a node in a round, or that of one payload."""
+        storage = self._shared.storage
+        stored = await asyncio.to_thread(storage.contributions_by, self.job.job_id, round, peer)
+        return next((c.receipt for c in stored if payload in (None, c.payload)), None)
+
+    async def _lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
+        async with self._lock:
+            await self._be_certain()
+            state = self._state
+            pipeline = state.pipeline(pipeline_id) if round == state.round else None
+            if pipeline is None or pipeline.generation != generation or state.phase is not Phase.OPEN:
+                raise ContributionError(
+                    f"pipeline {pipeline_id}, generation {generation}, does not train in round {round}"
+                )
+            if pipeline.members[0].peer != caller:
+                raise ContributionError("only the lead of a pipeline leases samples")
+            if pipeline.standing is Standing.LOST:
+                raise ContributionError(f"the pipeline was given up: {pipeline.reason}")
+            count = self.spec.schedule.inner_steps * self.spec.schedule.batch_size
+            try:
+                self._book, lease = await asyncio.to_thread(
+                    self.ledger.lease, self._book, round, pipeline_id, count
+                )
+            except StorageError:
+                self._doubtful = True
+                raise
+            return lease
+
+    def lease_id(self, round: int, pipeline_id: int) -> int | None:
+        """Id of a pipeline's open lease."""
+        lease = self._book.find(round, pipeline_id)
+        return None if lease is None else lease.lease_id

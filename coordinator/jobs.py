@@ -1,0 +1,223 @@
+"""All jobs of one coordinator: taking them in, finding them, sharing the nodes among them.
+
+In: specifications, and the nodes that are there. Out: one running driver a job. A node is in at
+most one pipeline; an older job chooses first whenever nodes become free. Unreferenced blobs are
+removed after each committed round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from dataclasses import replace
+
+import structlog
+
+from coordinator.driver import JobDriver, Shared
+from coordinator.ledger import JobLedger
+from coordinator.nodes import Nodes
+from coordinator.placement import Member, Placement, form_pipelines
+from coordinator.records import JobRecord
+from coordinator.results import JobResults
+from coordinator.round_model import JobState, Phase, RoundsState, Rules
+from coordinator.rounds import begin
+from swarm.config import JobSpec, job_from_json
+from swarm.errors import ConfigError, JobConflict, JobNotFound, StorageError
+from swarm.ids import HEAD, block_of
+
+log = structlog.get_logger()
+
+
+class Jobs:
+    """Every job ever submitted here, in order. Call `recover` once, before anything else."""
+
+    def __init__(self, shared: Shared, nodes: Nodes) -> None:
+        self._shared = shared
+        self._nodes = nodes
+        self._drivers: dict[str, JobDriver] = {}
+        self._submitting = asyncio.Lock()
+
+    async def recover(self) -> None:
+        """Read every job back and go on with it."""
+        for job in await asyncio.to_thread(self._shared.storage.jobs):
+            spec = job_from_json(job.spec_json)
+            driver = await asyncio.to_thread(self._load, job, spec)
+            self._drivers[job.job_id] = driver
+            log.info("job_recovered", job=job.name, state=driver.state.job, round=driver.state.round)
+        for driver in self._drivers.values():
+            driver.start()
+
+    async def stop(self) -> None:
+        for driver in self._drivers.values():
+            await driver.stop()
+
+    def all(self) -> list[JobDriver]:
+        """In the order of submission."""
+        return list(self._drivers.values())
+
+    def find(self, job: str) -> JobDriver:
+        """By id or name. Raises JobNotFound."""
+        if job in self._drivers:
+            return self._drivers[job]
+        for driver in self._drivers.values():
+            if driver.job.name == job:
+                return driver
+        raise JobNotFound(f"there is no job '{job[:100]}' here")
+
+    def assigned(self, peer: str) -> JobDriver | None:
+        """The job whose pipeline a node is in."""
+        return next((d for d in self._drivers.values() if d.assignment_of(peer) is not None), None)
+
+    # --- taking a job in ----------------------------------------------------------------------
+
+    async def submit(
+        self, submitter: str, spec_json: str, dataset: bytes, dataset_size: int, samples: int
+    ) -> JobDriver:
+        """Store a job and start it.
+
+        Raises ConfigError: the specification; JobConflict: its name is taken, or too many jobs;
+        SwarmError of the adapter source: the method does not fit the model. Stores nothing then.
+        """
+        spec = job_from_json(spec_json)
+        async with self._submitting:
+            self._refuse_conflicts(spec)
+            if samples < 1:
+                raise ConfigError("data.train holds no sample")
+            if await asyncio.to_thread(self._shared.blobs.size, dataset) != dataset_size:
+                raise StorageError("the dataset is not uploaded", "upload it again, then submit the job")
+            # Through a task of its own: a submitter that hangs up leaves a whole job or none.
+            return await asyncio.shield(
+                asyncio.ensure_future(self._create(submitter, spec, dataset, dataset_size, samples))
+            )
+
+    async def _create(
+        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+    ) -> JobDriver:
+        shared = self._shared
+        shapes = await asyncio.to_thread(shared.model.adapters.shapes, spec.method)
+        trainable = sum(math.prod(shape) for shape in shapes.values())
+        self._refuse_shapes(shapes, trainable)
+        digest = hashlib.sha256(f"{shared.signer.peer_id}\x1f{spec.name}\x1f{shared.clock.unix()}".encode())
+        job = JobRecord(
+            job_id=digest.hexdigest()[:16],
+            name=spec.name,
+            spec_json=spec.model_dump_json(),
+            submitter=submitter,
+            dataset=dataset,
+            dataset_size=dataset_size,
+            samples=samples,
+            trainable_parameters=trainable,
+        )
+        state, _ = begin(self._rules(spec))
+        await asyncio.to_thread(self._store_new, job, spec, shapes, state)
+        driver = await asyncio.to_thread(self._load, job, spec)
+        self._drivers[job.job_id] = driver
+        log.info("job_submitted", job=job.name, job_id=job.job_id, trainable=trainable, by=submitter)
+        driver.start()
+        return driver
+
+    def _store_new(
+        self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]], state: RoundsState
+    ) -> None:
+        shared = self._shared
+        results = JobResults(job.job_id, spec, shapes, shared.model, shared.blobs)
+        ledger = JobLedger(shared.storage, job.job_id, shared.signer, shared.clock)
+        ledger.create(job, state, results.initial())
+
+    def _refuse_conflicts(self, spec: JobSpec) -> None:
+        if any(driver.job.name == spec.name for driver in self._drivers.values()):
+            raise JobConflict(f"a job or adapter is already called {spec.name}", "choose another name")
+        unfinished = [d for d in self._drivers.values() if d.state.job is not JobState.FINISHED]
+        if len(unfinished) >= self._shared.settings.max_jobs:
+            raise JobConflict(f"{len(unfinished)} jobs are unfinished here", "wait until some have finished")
+
+    def _refuse_shapes(self, shapes: dict[str, tuple[int, ...]], trainable: int) -> None:
+        if not shapes:
+            raise ConfigError("method: it trains no parameter of this model")
+        limit = self._shared.settings.max_parameters
+        if trainable > limit:
+            raise ConfigError(f"method: it trains {trainable} parameters, the limit here is {limit}")
+        for key in shapes:
+            block = block_of(key)
+            if block != HEAD and int(block) >= self._shared.model.n_blocks:
+                raise ConfigError(
+                    f"method: it trains '{key}', the model ends at {self._shared.model.n_blocks}"
+                )
+
+    def _load(self, job: JobRecord, spec: JobSpec) -> JobDriver:
+        shared = self._shared
+        ledger = JobLedger(shared.storage, job.job_id, shared.signer, shared.clock)
+        state, book = ledger.load(self._rules(spec))
+        committed = state.round if state.phase is Phase.COMMITTED else state.round - 1
+        kept = range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)
+        outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
+        return JobDriver(
+            job,
+            spec,
+            JobResults(
+                job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs
+            ),
+            ledger,
+            state,
+            book,
+            {round: outcome for round, outcome in outcomes.items() if outcome is not None},
+            shared,
+            self,
+        )
+
+    def _rules(self, spec: JobSpec) -> Rules:
+        return Rules(
+            rounds=spec.schedule.rounds,
+            round_deadline_s=spec.schedule.round_deadline_s,
+            min_pipelines=spec.schedule.min_pipelines,
+            fruitless_generations=self._shared.settings.fruitless_generations,
+        )
+
+    # --- sharing the nodes --------------------------------------------------------------------
+
+    def place(self, job_id: str) -> Placement:
+        """Place the nodes that no other job uses."""
+        busy = {
+            peer: driver.job.name
+            for driver in self._drivers.values()
+            if driver.job.job_id != job_id
+            for peer in driver.state.busy_peers()
+        }
+        idle = [
+            Member(node.record.peer, node.record.span)
+            for node in self._nodes.all()
+            if node.record.peer not in busy
+        ]
+        placement = form_pipelines(idle, self._shared.model.n_blocks)
+        if busy:
+            jobs = ", ".join(sorted(set(busy.values())))
+            placement = replace(placement, missing=f"{placement.missing} ({len(busy)} work for {jobs})")
+        return placement
+
+    def nodes_changed(self) -> None:
+        """A node came, or one became free: waiting jobs look again, the oldest first."""
+        for driver in self._drivers.values():
+            driver.nodes_changed()
+
+    def nodes_freed(self, job_id: str) -> None:
+        """As a driver says it: the other jobs look again."""
+        for driver in self._drivers.values():
+            if driver.job.job_id != job_id:
+                driver.nodes_changed()
+
+    def node_lost(self, peer: str, reason: str) -> None:
+        for driver in self._drivers.values():
+            driver.node_lost(peer, reason)
+
+    async def collect(self) -> None:
+        """Remove unreferenced blobs. A disk that refuses loses nothing but room, and is logged."""
+        shared = self._shared
+        try:
+            referenced = await asyncio.to_thread(shared.storage.referenced_blobs, shared.settings.kept_rounds)
+            removed = await asyncio.to_thread(shared.blobs.collect, referenced)
+        except StorageError as error:
+            log.warning("collect_failed", error=str(error))
+            return
+        if removed:
+            log.info("blobs_removed", files=removed)

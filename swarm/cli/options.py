@@ -1,0 +1,29 @@
+"""Flags that several commands share, each defined once. `SWARM_*` variables stand in for flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Join = Annotated[
+    str, typer.Option("--join", envvar="SWARM_JOIN", help="Join string of the swarm, or @FILE that holds it.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+LogLevel = Annotated[str, typer.Option("--log-level", envvar="SWARM_LOG_LEVEL", help="debug, info, warning or error.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", envvar="SWARM_DATA_DIR", help="Folder of this process: identity, state, adapters."),
+]
+JoinFile = Annotated[Path | None, typer.Option("--join-file", help="Also write the join string to this file.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 to be reachable from outside.")]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option("--announce", help="Multiaddr to publish instead of the address listened on. Repeatable."),
+]
+Model = Annotated[
+    str | None, typer.Option("--model", envvar="SWARM_MODEL", help="Folder or hub id of the weights on this machine.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads torch may use; 0: its own choice.")]

@@ -1,0 +1,145 @@
+"""`swarm bootstrap start`, `swarm node start`, `swarm coordinator start`: the long-running processes."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from swarm.cli.options import Announce, DataDirOption, Dtype, Host, Join, JoinFile, Json, LogLevel, Model, Threads
+from swarm.cli.process import run, say, write_join_file
+from swarm.datadir import default_data_dir
+from swarm.net.join import JoinInfo, parse_join
+
+bootstrap_app = typer.Typer(help="The DHT and relay node that join strings name.", no_args_is_help=True)
+node_app = typer.Typer(help="A volunteer's node: serve and train a span of blocks.", no_args_is_help=True)
+coordinator_app = typer.Typer(help="The coordinator of fine-tuning jobs.", no_args_is_help=True)
+
+
+@bootstrap_app.callback()
+@node_app.callback()
+@coordinator_app.callback()
+def _group() -> None:
+    pass
+
+
+@bootstrap_app.command("start")
+def bootstrap_start(
+    model: Annotated[str, typer.Option("--model", envvar="SWARM_MODEL", help="Folder or hub id of the base model.")],
+    revision: Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")] = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 31330,
+    announce: Announce = None,
+    peer: Annotated[list[str] | None, typer.Option("--peer", help="Multiaddr of another bootstrap node.")] = None,
+    data_dir: DataDirOption = None,
+    join_file: JoinFile = None,
+    as_json: Json = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Start a swarm for one base model and print its join string."""
+
+    async def main() -> None:
+        from swarm.net.bootstrap import BootstrapSettings, run_bootstrap
+        from swarm.net.p2p import PeerSettings
+
+        settings = BootstrapSettings(
+            model=model,
+            revision=revision,
+            data_dir=data_dir or default_data_dir("bootstrap"),
+            peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
+            others=tuple(peer or ()),
+        )
+
+        def ready(join: JoinInfo) -> None:
+            text = join.encode()
+            write_join_file(join_file, text)
+            say(json.dumps({"event": "ready", "join": text}) if as_json else text)
+
+        await run_bootstrap(settings, ready)
+
+    run(main, role="bootstrap", log_level=log_level, as_json=as_json)
+
+
+@node_app.command("start")
+def node_start(
+    join: Join,
+    model: Model = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu or auto.")] = "auto",
+    dtype: Dtype = "auto",
+    vram: Annotated[str, typer.Option(help="Memory this node may use, such as 8GiB; empty: most of what is free.")] = "",
+    blocks: Annotated[str, typer.Option(help="START:END; empty: the span the swarm needs most that fits.")] = "",
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 0,
+    announce: Announce = None,
+    threads: Threads = 0,
+    data_dir: DataDirOption = None,
+    as_json: Json = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Load a span of blocks and serve it until stopped."""
+
+    async def main() -> None:
+        import torch
+
+        from node.main import NodeSettings, run_node
+        from node.memory import parse_bytes
+        from swarm.ids import Span
+        from swarm.net.p2p import PeerSettings
+
+        if threads:
+            torch.set_num_threads(threads)
+        settings = NodeSettings(
+            join=parse_join(join),
+            data_dir=data_dir or default_data_dir("node"),
+            model=model or "",
+            device=device,
+            dtype=dtype,
+            memory_bytes=parse_bytes(vram) if vram else 0,
+            blocks=blocks,
+            peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
+        )
+
+        def ready(span: Span, peer_id: str) -> None:
+            event = {"event": "ready", "peer": peer_id, "blocks": str(span)}
+            say(json.dumps(event) if as_json else f"serving blocks {span} as {peer_id}")
+
+        await run_node(settings, ready)
+
+    run(main, role="node", log_level=log_level, as_json=as_json)
+
+
+@coordinator_app.command("start")
+def coordinator_start(
+    join: Join,
+    model: Model = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 31340,
+    announce_host: Annotated[str, typer.Option(help="Host name or address that volunteers dial.")] = "",
+    data_dir: DataDirOption = None,
+    join_file: JoinFile = None,
+    as_json: Json = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Serve fine-tuning jobs of a swarm and print the join string that names this coordinator."""
+
+    async def main() -> None:
+        from coordinator.main import CoordinatorStart, run_coordinator
+
+        settings = CoordinatorStart(
+            join=parse_join(join),
+            data_dir=data_dir or default_data_dir("coordinator"),
+            model=model or "",
+            host=host,
+            port=port,
+            announce_host=announce_host,
+        )
+
+        def ready(info: JoinInfo) -> None:
+            text = info.encode()
+            write_join_file(join_file, text)
+            say(json.dumps({"event": "ready", "join": text}) if as_json else text)
+
+        await run_coordinator(settings, ready)
+
+    run(main, role="coordinator", log_level=log_level, as_json=as_json)
