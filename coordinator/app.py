@@ -8,6 +8,7 @@ process that dies instead loses nothing that was acknowledged.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -100,10 +101,11 @@ class Coordinator:
             self.nodes.drop(peer)
             reason = f"node {peer} was silent for more than {self._shared.settings.silent_s:g} s"
             log.info("node_lost", peer=peer)
-            self._background.insist("forgetting a lost node", lambda peer=peer: self._forget(peer))
+            self._background.insist("forgetting a lost node", partial(self._forget, peer))
             self.jobs.node_lost(peer, reason)
         if silent:
             self._shared.assignments.notify()
+            self.jobs.nodes_changed()
         self._watch_nodes()
 
     async def _forget(self, peer: str) -> None:

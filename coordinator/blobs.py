@@ -130,7 +130,7 @@ class Blobs:
         """At most `length` bytes from `offset`; the reader checks the whole."""
         name = self._name(sha256)
         with self._locked(name), _disk(f"read blob {name[:12]}"), open(self._whole / name, "rb") as file:
-            file.seek(offset)
+            file.seek(min(offset, self._bounds.max_blob_bytes))
             return file.read(length)
 
     def collect(self, referenced: Collection[bytes]) -> int:

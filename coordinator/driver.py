@@ -49,7 +49,7 @@ from coordinator.round_model import (
     Standing,
     Tick,
 )
-from coordinator.rounds import advance, recover
+from coordinator.rounds import advance, recover, refusal
 from coordinator.signal import Signal
 from coordinator.storage import Storage
 from swarm.config import JobSpec
@@ -298,8 +298,13 @@ class JobDriver:
         await self._neighbours.collect()
 
     async def _contribute(self, event: Contribution, submission: ContributionRecord | None) -> bytes:
-        reply = await self._apply(event, submission)
-        assert reply is not None, "a contribution is always answered"
+        if submission is None:
+            # Refused before its payload was read; if it would not be by now, the sender asks again.
+            reply = refusal(self._state, event) or Reply(Answer.REJECTED, "the round has just changed")
+        else:
+            applied = await self._apply(event, submission)
+            assert applied is not None, "a contribution is always answered"
+            reply = applied
         if reply.answer is Answer.HELD and submission is not None:
             return submission.receipt
         if reply.answer is Answer.DUPLICATE:

@@ -82,8 +82,8 @@ class Jobs:
         spec = job_from_json(spec_json)
         async with self._submitting:
             self._refuse_conflicts(spec)
-            if samples < 1:
-                raise ConfigError("data.train holds no sample")
+            if not 1 <= samples <= dataset_size:
+                raise ConfigError(f"data.train cannot hold {samples} samples in {dataset_size} bytes")
             if await asyncio.to_thread(self._shared.blobs.size, dataset) != dataset_size:
                 raise StorageError("the dataset is not uploaded", "upload it again, then submit the job")
             # Through a task of its own: a submitter that hangs up leaves a whole job or none.

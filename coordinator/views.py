@@ -124,7 +124,9 @@ def job_status(
         round=state.round,
         rounds=state.rules.rounds,
         inner_steps=inner_steps,
-        pipelines=len(state.with_standing(Standing.ACTIVE, Standing.WHOLE)),
+        pipelines=len(state.with_standing(Standing.ACTIVE, Standing.WHOLE))
+        if state.job is JobState.RUNNING
+        else 0,
         method=driver.spec.method.kind,
         trainable_parameters=job.trainable_parameters,
         contribution_bytes=totals.contribution_bytes,

@@ -69,13 +69,14 @@ class LeadLoop:
         """H inner steps of the lease's samples. Raises PeerLost and whatever a stage reports."""
         schedule = self._spec.schedule
         ranges = [(r.start, r.end) for r in lease.ranges]
-        tokens = 0
+        tokens, loss_sum = 0, 0.0
         for step in range(schedule.inner_steps):
             began = time.monotonic()
             batch = self._batch(ranges, step)
             lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
             loss = await self._inner_step(batch, chain, lr)
             tokens += batch.tokens
+            loss_sum += loss
             elapsed_s = time.monotonic() - began
             self._progress.round, self._progress.inner_step = assignment.round, step + 1
             self._progress.loss, self._progress.tokens_per_s = loss, batch.tokens / elapsed_s
@@ -97,6 +98,7 @@ class LeadLoop:
             inner_steps=schedule.inner_steps,
             tokens=tokens,
             lease_id=lease.lease_id,
+            loss=loss_sum / schedule.inner_steps,
         )
         if chain is not None:
             await chain.end_round(

@@ -47,6 +47,8 @@ class Work:
     inner_steps: int
     tokens: int
     lease_id: int
+    loss: float | None = None
+    """Mean over the round's inner steps; the lead knows it."""
 
 
 class JobMember:
@@ -135,6 +137,8 @@ class JobMember:
             lease_id=work.lease_id,
             span=common_pb2.Span(start=self.span.start, end=self.span.end),
         )
+        if work.loss is not None:
+            request.loss = work.loss
         pending = PendingContribution(work.round, request.SerializeToString(), payload, residual)
         await asyncio.to_thread(self._folder.save_pending, pending)
         receipt = await self._upload(request, payload)

@@ -95,11 +95,11 @@ class SwarmClient:
             raise AdapterNotFound(f"no node announces an adapter '{adapter}' (announced: {names})")
         return hops, found
 
-    async def _open(self, mode: pb.Mode, adapter: str) -> Chain:
+    async def _open(self, mode: pb.Mode, adapter: str, via: Sequence[Hop] = ()) -> Chain:
         hops, found = await self.route(adapter)
         return await Chain.open(
             self._peer,
-            hops,
+            via or hops,
             mode,
             self._checkpoint.model_hash,
             adapter=found,
@@ -111,13 +111,13 @@ class SwarmClient:
     def _count(self, size: int) -> None:
         self.traffic.activation_bytes += size
 
-    async def session(self, adapter: str = "") -> Session:
-        """Open a session with a KV cache on every node of a chain. Close it after use."""
-        return Session(self, await self._open(pb.MODE_CACHED, adapter))
+    async def session(self, adapter: str = "", via: Sequence[Hop] = ()) -> Session:
+        """Open a session with a KV cache on every node of a chain (`via`, or the best). Close it after use."""
+        return Session(self, await self._open(pb.MODE_CACHED, adapter, via))
 
-    async def scorer(self, adapter: str = "") -> Scorer:
-        """An open chain for many stateless passes. Close it after use."""
-        return Scorer(self, await self._open(pb.MODE_STATELESS, adapter))
+    async def scorer(self, adapter: str = "", via: Sequence[Hop] = ()) -> Scorer:
+        """An open chain (`via`, or the best) for many stateless passes. Close it after use."""
+        return Scorer(self, await self._open(pb.MODE_STATELESS, adapter, via))
 
     def encode_prompt(self, prompt: str, *, chat: bool = True) -> list[int]:
         """Token ids of a prompt, as a chat turn where the tokenizer has a template."""

@@ -54,7 +54,7 @@ async def publish_adapter(
         name=name,
         job_id=job_id,
         round=round,
-        files=[records_pb2.FileEntry(name=f.name, sha256=f.sha256, size=f.size) for f in files],
+        files=[common_pb2.FileEntry(name=f.name, sha256=f.sha256, size=f.size) for f in files],
         addrs=peer.addrs,
     )
     return await peer.publish(_key("adapter", model_hash), name, record.SerializeToString(), RECORD_TTL_S)

@@ -1,0 +1,375 @@
+"""A coordinator with simulated nodes in one process: real codec payloads, real SQLite, no network.
+
+Every simulated node is a pure function of what the coordinator tells it, so a run that is cut
+anywhere and started again must end with the same parameters as one that was not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from coordinator.app import Coordinator
+from coordinator.ports import CoordinatorSettings, ModelFacts, Tensors
+from coordinator.service import CoordinatorService
+from swarm.compress import FrameContext, decode, encode
+from swarm.config import LoraMethod, job_from_json
+from swarm.errors import JobConflict
+from swarm.identity import Identity, verify
+from swarm.ids import HEAD, Span, block_of, seed_from, sha256
+from swarm.optim.params import block_hash, by_block, params_hash, unpack_block
+from swarm.wire.v1 import common_pb2
+from swarm.wire.v1 import coordinator_pb2 as pb
+from swarm.wire.version import hello
+
+F32 = NDArray[np.float32]
+MODEL_HASH = sha256(b"tiny model")
+DATASET = b'{"messages": []}\n' * 64
+
+
+class TinyAdapters:
+    """A real AdapterSource in numpy: two small matrices a block, and one tensor of the head."""
+
+    def __init__(self, n_blocks: int = 4, *, head: bool = True) -> None:
+        self._n_blocks = n_blocks
+        self._head = head
+
+    def shapes(self, method: LoraMethod) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for block in range(self._n_blocks):
+            shapes[f"{block}/q.lora_A"] = (method.r, 16)
+            shapes[f"{block}/q.lora_B"] = (16, method.r)
+        if self._head:
+            shapes["head/soft_prompt"] = (3, 16)
+        return shapes
+
+    def initial(self, method: LoraMethod, seed: int) -> dict[str, F32]:
+        return {
+            key: _random(shape, "initial", seed, key, method.r) for key, shape in self.shapes(method).items()
+        }
+
+    def export(self, method: LoraMethod, params: Tensors, model_name: str) -> dict[str, bytes]:
+        config = json.dumps({"peft_type": "LORA", "r": method.r, "base_model_name_or_path": model_name})
+        return {
+            "adapter_config.json": config.encode(),
+            "adapter_model.safetensors": save({key: np.ascontiguousarray(v) for key, v in params.items()}),
+        }
+
+
+def model_facts(n_blocks: int = 4, *, head: bool = True) -> ModelFacts:
+    return ModelFacts("tiny", "local", MODEL_HASH, n_blocks, TinyAdapters(n_blocks, head=head))
+
+
+def identity(name: str = "coordinator") -> Identity:
+    """The same key for the same name."""
+    return Identity(Ed25519PrivateKey.from_private_bytes(sha256(name.encode())))
+
+
+class ManualClock:
+    """Stands still until a test moves it; whoever sleeps past the new time wakes in order."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def unix(self) -> float:
+        return 1_800_000_000.0 + self.now_s
+
+    async def sleep(self, seconds: float) -> None:
+        wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append((self.now_s + seconds, wake))
+        await wake
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+        due = sorted((s for s in self._sleepers if s[0] <= self.now_s), key=lambda s: s[0])
+        self._sleepers = [s for s in self._sleepers if s[0] > self.now_s and not s[1].done()]
+        for _, wake in due:
+            if not wake.done():
+                wake.set_result(None)
+
+
+def job_spec(**changes: object) -> str:
+    """The JSON of a small job; `changes` replace whole sections."""
+    sections: dict[str, object] = {
+        "name": "poems",
+        "data": {"train": "train.jsonl"},
+        "method": {"r": 4},
+        "schedule": {"rounds": 2, "inner_steps": 3, "batch_size": 2, "max_length": 16, "min_pipelines": 2},
+        "uplink": {"density": 0.25, "chunk": 64},
+        "downlink": {"density": 0.5, "chunk": 64, "decay": 1.0},
+    }
+    return json.dumps(sections | changes)
+
+
+def _random(shape: tuple[int, ...], *seed: object) -> F32:
+    generator = np.random.Generator(np.random.Philox(key=seed_from(*seed)))
+    return generator.uniform(-1, 1, shape).astype(np.float32)
+
+
+async def upload(service: CoordinatorService, caller: str, data: bytes, pieces: int = 2) -> bytes:
+    """Upload from wherever the coordinator says it stopped; returns the hash."""
+    digest = sha256(data)
+    asked = await service.put_piece(caller, pb.PutPieceRequest(sha256=digest, size=len(data)))
+    step = -(-len(data) // pieces)
+    while not asked.complete:
+        piece = data[asked.committed : asked.committed + step]
+        request = pb.PutPieceRequest(sha256=digest, size=len(data), offset=asked.committed, data=piece)
+        asked = await service.put_piece(caller, request)
+    return digest
+
+
+async def download(service: CoordinatorService, caller: str, digest: bytes, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        request = pb.GetPieceRequest(sha256=digest, offset=len(data), length=1000)
+        data += (await service.get_piece(caller, request)).data
+    assert sha256(data) == digest
+    return data
+
+
+async def submit(service: CoordinatorService, caller: str, spec: str, dataset: bytes = DATASET) -> pb.JobStatus:
+    digest = await upload(service, caller, dataset)
+    return await service.submit_job(
+        caller,
+        pb.SubmitJobRequest(
+            hello=hello(MODEL_HASH), spec_json=spec, dataset=digest, dataset_size=len(dataset), samples=64
+        ),
+    )
+
+
+class Chains:
+    """What leads tell their stages: here only that the samples are leased and training may start."""
+
+    def __init__(self) -> None:
+        self._started: dict[tuple[str, int, int], asyncio.Event] = {}
+
+    def of(self, part: pb.Assignment) -> asyncio.Event:
+        return self._started.setdefault((part.job_id, part.round, part.pipeline_id), asyncio.Event())
+
+
+@dataclass
+class SimNode:
+    """A volunteer that follows the protocol. `params` are the whole job's, as it rebuilt them."""
+
+    service: CoordinatorService
+    name: str
+    span: Span
+    chains: Chains = field(default_factory=Chains)
+    params: dict[str, F32] = field(default_factory=dict)
+    at_round: int = -1
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    receipts: dict[int, pb.Receipt] = field(default_factory=dict)
+    leased: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.peer = identity(self.name).peer_id
+
+    async def register(self) -> pb.RegisterReply:
+        return await self.service.register(
+            self.peer,
+            pb.RegisterRequest(
+                hello=hello(MODEL_HASH),
+                span=common_pb2.Span(start=self.span.start, end=self.span.end),
+                addrs=[f"/ip4/127.0.0.1/tcp/1/p2p/{self.peer}"],
+                device="cpu",
+                dtype="float32",
+            ),
+        )
+
+    async def poll(self, seen: int = 0, wait_s: float = 0.0) -> pb.PollReply:
+        return await self.service.poll(self.peer, pb.PollRequest(seen=seen, wait_s=wait_s))
+
+    async def assigned(self) -> pb.Assignment:
+        """Wait until there is an assignment."""
+        seen = 0
+        while True:
+            reply = await self.poll(seen, 30)
+            if reply.HasField("assignment"):
+                return reply.assignment
+            seen = reply.version
+
+    async def run(self) -> None:
+        """Train whatever comes, until cancelled."""
+        seen = 0
+        done: set[tuple[str, int, int, int]] = set()
+        while True:
+            reply = await self.poll(seen, 30)
+            seen = reply.version
+            if reply.register_again:
+                await self.register()
+                continue
+            part = reply.assignment
+            key = (part.job_id, part.round, part.generation, part.pipeline_id)
+            if not reply.HasField("assignment") or key in done:
+                continue
+            done.add(key)
+            receipt = await self.train(part)
+            assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
+            await self.settle(part)
+
+    async def train(self, part: pb.Assignment) -> pb.Receipt:
+        """One round up to the held contribution. A stage starts once its lead has leased samples."""
+        await self.catch_up(part)
+        lease = None
+        if part.index == 0:
+            lease = await self.service.lease(
+                self.peer,
+                pb.LeaseRequest(
+                    job_id=part.job_id,
+                    round=part.round,
+                    generation=part.generation,
+                    pipeline_id=part.pipeline_id,
+                ),
+            )
+            key = (part.round, part.generation)
+            self.leased[key] = [(r.start, r.end) for r in lease.ranges]
+            self.chains.of(part).set()
+        await self.chains.of(part).wait()
+        frame = self.frame(part)
+        digest = await upload(self.service, self.peer, frame)
+        return await self.contribute(part, digest, len(frame), lease.lease_id if lease else 0)
+
+    async def contribute(
+        self, part: pb.Assignment, digest: bytes, size: int, lease_id: int, **changes: object
+    ) -> pb.Receipt:
+        spec = job_from_json(part.spec_json).schedule
+        request = pb.ContributeRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            payload_sha256=digest,
+            payload_size=size,
+            inner_steps=spec.inner_steps,
+            tokens=7,
+            lease_id=lease_id,
+            span=part.hops[part.index].span,
+            loss=2.0 / part.round if part.index == 0 else None,
+        )
+        request.MergeFrom(pb.ContributeRequest(**changes))
+        receipt = await self.service.contribute(self.peer, request)
+        signature, receipt.signature = receipt.signature, b""
+        verify(identity().peer_id, receipt.SerializeToString(deterministic=True), signature)
+        receipt.signature = signature
+        return receipt
+
+    async def settle(self, part: pb.Assignment) -> None:
+        """Wait for the round's end and keep the final receipt."""
+        request = pb.AwaitRoundRequest(job_id=part.job_id, round=part.round, wait_s=30)
+        while True:
+            reply = await self.service.await_round(self.peer, request)
+            if reply.HasField("receipt"):
+                self.receipts[part.round] = reply.receipt
+            if reply.committed or reply.HasField("receipt"):
+                return
+
+    def own_shapes(self, part: pb.Assignment) -> dict[str, tuple[int, ...]]:
+        spec = job_from_json(part.spec_json)
+        span = part.hops[part.index].span
+        return {
+            key: shape
+            for key, shape in TinyAdapters().shapes(spec.method).items()
+            if (part.index == 0 if block_of(key) == HEAD else span.start <= int(block_of(key)) < span.end)
+        }
+
+    def delta(self, part: pb.Assignment) -> dict[str, F32]:
+        """A pseudo-gradient that depends on the samples, the node's blocks and the parameters."""
+        samples = self.leased.get((part.round, part.generation))
+        return {
+            key: np.float32(0.1) * (self.params[key] + _random(shape, part.round, key, samples, self.name))
+            for key, shape in self.own_shapes(part).items()
+        }
+
+    def frame(self, part: pb.Assignment, delta: dict[str, F32] | None = None) -> bytes:
+        spec = job_from_json(part.spec_json)
+        context = FrameContext(part.job_id, part.round, self.hashes[part.round - 1])
+        return encode(delta or self.delta(part), spec.uplink, context)
+
+    async def catch_up(self, part: pb.Assignment) -> None:
+        """Bring the parameters to the start of the round: by the update if possible, else by snapshot."""
+        request = pb.AwaitRoundRequest(job_id=part.job_id, round=part.round - 1)
+        reply = await self.service.await_round(self.peer, request)
+        assert reply.committed
+        if self.at_round == part.round - 2 and reply.update.size:
+            await self._apply(part, reply.update)
+        else:
+            await self._load(part, reply.update)
+        hashes = {
+            block: block_hash({key: self.params[key] for key in keys})
+            for block, keys in by_block(self.params).items()
+        }
+        assert params_hash(hashes) == reply.update.params_hash
+        self.at_round = reply.update.round
+        self.hashes[self.at_round] = reply.update.params_hash
+
+    async def _apply(self, part: pb.Assignment, update: pb.OuterUpdate) -> None:
+        data = await download(self.service, self.peer, update.blob, update.size)
+        for piece in update.blocks:
+            frame = data[piece.offset : piece.offset + piece.length]
+            assert sha256(frame) == piece.sha256
+            keys = by_block(self.params)[piece.block]
+            old = {key: self.params[key] for key in keys}
+            context = FrameContext(part.job_id, update.round, block_hash(old))
+            decoded = decode(frame, {key: value.shape for key, value in old.items()}, context)
+            for key in keys:
+                self.params[key] = self.params[key] + decoded[key]
+            assert block_hash({key: self.params[key] for key in keys}) == piece.params_hash
+
+    async def _load(self, part: pb.Assignment, update: pb.OuterUpdate) -> None:
+        data = await download(self.service, self.peer, update.snapshot, update.snapshot_size)
+        shapes = TinyAdapters().shapes(job_from_json(part.spec_json).method)
+        self.params = {}
+        for piece in update.snapshot_blocks:
+            block = data[piece.offset : piece.offset + piece.length]
+            assert sha256(block) == piece.sha256
+            of_block = {key: shape for key, shape in shapes.items() if block_of(key) == piece.block}
+            self.params.update(unpack_block(block, of_block))
+
+
+TWO_PIPELINES = (("a", Span(0, 2)), ("b", Span(2, 4)), ("c", Span(0, 2)), ("d", Span(1, 4)))
+
+
+async def run_job(
+    data_dir: Path,
+    spec: str,
+    settings: CoordinatorSettings,
+    meanwhile: Callable[[Coordinator], Awaitable[None]] | None = None,
+) -> pb.JobStatus:
+    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands."""
+    coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
+    service = coordinator.service
+    chains = Chains()
+    nodes = [SimNode(service, name, span, chains) for name, span in TWO_PIPELINES]
+    for node in nodes:
+        await node.register()
+    try:
+        job_id = (await submit(service, "researcher", spec)).job_id
+    except JobConflict:
+        job_id = (await service.get_job("researcher", pb.GetJobRequest(job="poems"))).job_id
+    async with asyncio.TaskGroup() as group:
+        working = [group.create_task(node.run()) for node in nodes]
+        rounds = json.loads(spec)["schedule"]["rounds"]
+        current = 1
+        while current <= rounds:
+            request = pb.AwaitRoundRequest(job_id=job_id, round=current, wait_s=30)
+            reply = await service.await_round("researcher", request)
+            current = max(reply.current_round, current + int(reply.finished))
+        for task in working:
+            task.cancel()
+    if meanwhile is not None:
+        await meanwhile(coordinator)
+    status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))
+    await coordinator.close()
+    return status
