@@ -100,9 +100,7 @@ def average(
     return {key: total / np.maximum(senders[key], floor) for key, total in sums.items()}
 
 
-def outer_round(
-    state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_id: str, round: int
-) -> RoundResult:
+def outer_round(state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_id: str, round: int) -> RoundResult:
     """Outer step, compression with the coordinator's residual, and the same sum the nodes make.
 
     A block without any mean keeps parameters, momentum and residual, and gets no frame.

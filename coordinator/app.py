@@ -51,9 +51,7 @@ class Coordinator:
         storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point)
         try:
             bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
-            blobs = await asyncio.to_thread(
-                Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point
-            )
+            blobs = await asyncio.to_thread(Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point)
             shared = Shared(
                 storage=storage,
                 blobs=blobs,

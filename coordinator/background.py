@@ -68,9 +68,7 @@ class Background:
                 if self.stopping:
                     return
                 failed = f"{what} failed and is tried again: {error}"
-                log.error(
-                    "step_failed", step=what, error=str(error), exc_info=not isinstance(error, SwarmError)
-                )
+                log.error("step_failed", step=what, error=str(error), exc_info=not isinstance(error, SwarmError))
                 self._set_trouble(failed)
                 await asyncio.wait((self._track(self._pauses, self._clock.sleep(self._retry_s)),))
             else:

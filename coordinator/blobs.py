@@ -102,9 +102,7 @@ class Blobs:
                 return Progress(offset + len(data), False)
             if _hash_file(partial) != sha256:
                 partial.unlink()
-                raise CorruptData(
-                    f"the upload {name[:12]} does not have the promised hash", "upload it again"
-                )
+                raise CorruptData(f"the upload {name[:12]} does not have the promised hash", "upload it again")
             self._publish(partial, name)
             return Progress(size, True)
 

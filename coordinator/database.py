@@ -64,9 +64,7 @@ class Database:
         for number, script in enumerate(scripts, start=1):
             named = re.match(r"\d+", script.name)
             if named is None or int(named[0]) != number:
-                raise StorageError(
-                    f"migration {script.name} is not number {number}", "install the release again"
-                )
+                raise StorageError(f"migration {script.name} is not number {number}", "install the release again")
             if number > version:
                 text = script.read_text(encoding="utf-8")
                 self._point(f"before migration {number}")

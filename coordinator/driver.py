@@ -163,9 +163,20 @@ class JobDriver:
         """The signed receipt. `submission` is stored if the event is; None where it is known not to be."""
         return await self._background.uncancelled(self._contribute(event, submission))
 
-    async def lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
-        """Raises ContributionError: not the lead of a pipeline that trains in this round."""
-        return await self._background.uncancelled(self._lease(caller, round, generation, pipeline_id))
+    def lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
+        """The pipeline's lease. Raises ContributionError: not the lead of one that trains in this round."""
+        state = self._state
+        pipeline = state.pipeline(pipeline_id) if round == state.round else None
+        if pipeline is None or pipeline.generation != generation:
+            raise ContributionError(f"pipeline {pipeline_id}, generation {generation}, is not of round {round}")
+        if pipeline.members[0].peer != caller:
+            raise ContributionError("only the lead of a pipeline leases samples")
+        lease = self._book.find(round, pipeline_id)
+        if lease is None:
+            raise ContributionError(
+                f"pipeline {pipeline_id} does not train in round {round}: {pipeline.reason or state.phase}"
+            )
+        return lease
 
     async def abandon(self, caller: str, round: int, generation: int, pipeline_id: int, why: str) -> None:
         """A member gives its pipeline up. Without effect on a pipeline that is whole or gone."""
@@ -205,9 +216,7 @@ class JobDriver:
             records = [effect for effect in effects if isinstance(effect, Record)]
             if records:
                 try:
-                    self._book = await asyncio.to_thread(
-                        self.ledger.store, self._book, records, submission, outcome
-                    )
+                    self._book = await asyncio.to_thread(self.ledger.store, self._book, records, submission, outcome)
                 except StorageError:
                     self._doubtful = True
                     raise
@@ -311,38 +320,13 @@ class JobDriver:
             return await self.stored_receipt(event.round, event.peer, event.payload) or b""
         if reply.answer is Answer.CONFLICT:
             log.warning("contribution_conflict", job=self.job.name, round=event.round, peer=event.peer)
-        return self.ledger.receipt(
-            event.round, event.peer, _VERDICTS[reply.answer], reply.reason, event.payload
-        )
+        return self.ledger.receipt(event.round, event.peer, _VERDICTS[reply.answer], reply.reason, event.payload)
 
     async def stored_receipt(self, round: int, peer: str, payload: bytes | None = None) -> bytes | None:
         """The newest receipt of a node in a round, or that of one payload."""
         storage = self._shared.storage
         stored = await asyncio.to_thread(storage.contributions_by, self.job.job_id, round, peer)
         return next((c.receipt for c in stored if payload in (None, c.payload)), None)
-
-    async def _lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
-        async with self._lock:
-            await self._be_certain()
-            state = self._state
-            pipeline = state.pipeline(pipeline_id) if round == state.round else None
-            if pipeline is None or pipeline.generation != generation or state.phase is not Phase.OPEN:
-                raise ContributionError(
-                    f"pipeline {pipeline_id}, generation {generation}, does not train in round {round}"
-                )
-            if pipeline.members[0].peer != caller:
-                raise ContributionError("only the lead of a pipeline leases samples")
-            if pipeline.standing is Standing.LOST:
-                raise ContributionError(f"the pipeline was given up: {pipeline.reason}")
-            count = self.spec.schedule.inner_steps * self.spec.schedule.batch_size
-            try:
-                self._book, lease = await asyncio.to_thread(
-                    self.ledger.lease, self._book, round, pipeline_id, count
-                )
-            except StorageError:
-                self._doubtful = True
-                raise
-            return lease
 
     def lease_id(self, round: int, pipeline_id: int) -> int | None:
         """Id of a pipeline's open lease."""

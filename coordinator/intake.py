@@ -54,9 +54,7 @@ class Intake:
         problem = self._implausible(driver, pipeline, caller, request)
         problem = problem or await self._unreadable(driver, pipeline, caller, request)
         if problem is not None:
-            return driver.ledger.receipt(
-                request.round, caller, pb.VERDICT_REJECTED, problem, request.payload_sha256
-            )
+            return driver.ledger.receipt(request.round, caller, pb.VERDICT_REJECTED, problem, request.payload_sha256)
         return await driver.contribute(event, self._row(driver, pipeline, caller, request))
 
     def _implausible(

@@ -117,13 +117,10 @@ class Jobs:
         driver.start()
         return driver
 
-    def _store_new(
-        self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]], state: RoundsState
-    ) -> None:
+    def _store_new(self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]], state: RoundsState) -> None:
         shared = self._shared
         results = JobResults(job.job_id, spec, shapes, shared.model, shared.blobs)
-        ledger = JobLedger(shared.storage, job.job_id, shared.signer, shared.clock)
-        ledger.create(job, state, results.initial())
+        self._ledger(job, spec).create(job, state, results.initial())
 
     def _refuse_conflicts(self, spec: JobSpec) -> None:
         if any(driver.job.name == spec.name for driver in self._drivers.values()):
@@ -141,13 +138,11 @@ class Jobs:
         for key in shapes:
             block = block_of(key)
             if block != HEAD and int(block) >= self._shared.model.n_blocks:
-                raise ConfigError(
-                    f"method: it trains '{key}', the model ends at {self._shared.model.n_blocks}"
-                )
+                raise ConfigError(f"method: it trains '{key}', the model ends at {self._shared.model.n_blocks}")
 
     def _load(self, job: JobRecord, spec: JobSpec) -> JobDriver:
         shared = self._shared
-        ledger = JobLedger(shared.storage, job.job_id, shared.signer, shared.clock)
+        ledger = self._ledger(job, spec)
         state, book = ledger.load(self._rules(spec))
         committed = state.round if state.phase is Phase.COMMITTED else state.round - 1
         kept = range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)
@@ -155,9 +150,7 @@ class Jobs:
         return JobDriver(
             job,
             spec,
-            JobResults(
-                job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs
-            ),
+            JobResults(job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs),
             ledger,
             state,
             book,
@@ -165,6 +158,11 @@ class Jobs:
             shared,
             self,
         )
+
+    def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
+        shared = self._shared
+        positions = spec.schedule.inner_steps * spec.schedule.batch_size
+        return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock)
 
     def _rules(self, spec: JobSpec) -> Rules:
         return Rules(
@@ -185,9 +183,7 @@ class Jobs:
             for peer in driver.state.busy_peers()
         }
         idle = [
-            Member(node.record.peer, node.record.span)
-            for node in self._nodes.all()
-            if node.record.peer not in busy
+            Member(node.record.peer, node.record.span) for node in self._nodes.all() if node.record.peer not in busy
         ]
         placement = form_pipelines(idle, self._shared.model.n_blocks)
         if busy:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from coordinator import leases
-from coordinator.leases import Book, Lease
+from coordinator.leases import Book
 from coordinator.ports import Clock, Signer
 from coordinator.receipts import signed_receipt
 from coordinator.records import ContributionRecord, JobRecord, LogEntry, Outcome
@@ -40,10 +40,11 @@ _LOG_DOMAIN = b"swarm-round-log-v1"
 
 
 class JobLedger:
-    """Rows, receipts and leases of one job."""
+    """Rows, receipts and leases of one job. `lease_positions`: samples of one pipeline in one round."""
 
-    def __init__(self, storage: Storage, job_id: str, signer: Signer, clock: Clock) -> None:
+    def __init__(self, storage: Storage, job_id: str, lease_positions: int, signer: Signer, clock: Clock) -> None:
         self._storage = storage
+        self._lease_positions = lease_positions
         self._job_id = job_id
         self._signer = signer
         self._clock = clock
@@ -77,17 +78,7 @@ class JobLedger:
                 book = self._store_one(book, record, submission, outcome)
         return book
 
-    def lease(self, book: Book, round: int, pipeline_id: int, count: int) -> tuple[Book, Lease]:
-        """The pipeline's lease, stored if it is new."""
-        after, lease = leases.grant(book, round, pipeline_id, count)
-        if after is not book:
-            with self._storage.transaction("lease"):
-                self._storage.insert_lease(self._job_id, lease)
-        return after, lease
-
-    def receipt(
-        self, round: int, peer: str, verdict: pb.Verdict.ValueType, reason: str, payload: bytes
-    ) -> bytes:
+    def receipt(self, round: int, peer: str, verdict: pb.Verdict.ValueType, reason: str, payload: bytes) -> bytes:
         return signed_receipt(
             self._signer,
             job_id=self._job_id,
@@ -107,6 +98,10 @@ class JobLedger:
                 storage.insert_round(job_id, round, Phase.OPEN, self._clock.unix())
             case PipelinesFormed(round, generation, pipelines):
                 storage.insert_pipelines(job_id, round, generation, pipelines)
+                # Leased with the forming, not when a lead asks: the order of calls decides nothing.
+                for pipeline in pipelines:
+                    book, lease = leases.grant(book, round, pipeline.pipeline_id, self._lease_positions)
+                    storage.insert_lease(job_id, lease)
             case ContributionHeld(round, pipeline_id, _, whole):
                 assert submission is not None, "a held contribution comes with its row"
                 storage.insert_contribution(job_id, submission)

@@ -27,9 +27,7 @@ class Node:
 class Nodes:
     """The registered nodes by peer id."""
 
-    def __init__(
-        self, known: Iterable[NodeRecord], now_s: float, *, silent_s: float, recovery_grace_s: float
-    ) -> None:
+    def __init__(self, known: Iterable[NodeRecord], now_s: float, *, silent_s: float, recovery_grace_s: float) -> None:
         self._silent_s = silent_s
         since_s = now_s + max(0.0, recovery_grace_s - silent_s)
         self._nodes = {record.peer: Node(record, since_s, now_s) for record in known}

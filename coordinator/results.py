@@ -35,8 +35,7 @@ def shapes_of_member(shapes: Mapping[str, Shape], members: tuple[Member, ...], p
     return {
         key: shape
         for key, shape in shapes.items()
-        if (block_of(key) == HEAD and position == 0)
-        or (block_of(key) != HEAD and int(block_of(key)) in member.span)
+        if (block_of(key) == HEAD and position == 0) or (block_of(key) != HEAD and int(block_of(key)) in member.span)
     }
 
 
@@ -74,9 +73,7 @@ class JobResults:
             raise StorageError(f"the database lacks the outcome of round {round - 1}")
         context = FrameContext(self.job_id, round, before.params_hash)
         accepted = [p for p in storage.pipelines(self.job_id, round) if p.standing is Standing.WHOLE]
-        sent = sorted(
-            (held.peer, held.payload, pipeline.members) for pipeline in accepted for held in pipeline.held
-        )
+        sent = sorted((held.peer, held.payload, pipeline.members) for pipeline in accepted for held in pipeline.held)
 
         def decoded() -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
             for peer, payload, members in sent:
@@ -140,7 +137,6 @@ class JobResults:
             snapshot_size=snapshot_offset,
             blocks=tuple(pieces),
             files=tuple(
-                AdapterFile(name, self._blobs.put(exported[name]), len(exported[name]))
-                for name in sorted(exported)
+                AdapterFile(name, self._blobs.put(exported[name]), len(exported[name])) for name in sorted(exported)
             ),
         )

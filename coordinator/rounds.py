@@ -119,8 +119,7 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     if pipeline is None or pipeline.generation != event.generation or not pipeline.has(event.peer):
         return Reply(
             Answer.REJECTED,
-            f"the node is not in pipeline {event.pipeline_id}, generation {event.generation},"
-            f" of round {event.round}",
+            f"the node is not in pipeline {event.pipeline_id}, generation {event.generation}, of round {event.round}",
         )
     stored = pipeline.payload_of(event.peer)
     if stored == event.payload:
@@ -152,9 +151,7 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
         return replace(state, reason=reason), (JobChanged(state.job, reason, state.fruitless),)
     generation = state.generation + 1
     first = len(state.pipelines)
-    formed = tuple(
-        Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans)
-    )
+    formed = tuple(Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans))
     after = replace(
         state,
         job=JobState.RUNNING,
@@ -261,9 +258,7 @@ def _freeze(state: RoundsState) -> Step:
             replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
         )
     state = replace(state, phase=Phase.FROZEN, deadline_s=None)
-    frozen = RoundFrozen(
-        state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late)
-    )
+    frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
     return state, (frozen, Aggregate(state.round))
 
 

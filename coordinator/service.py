@@ -78,7 +78,7 @@ class CoordinatorService:
         """Raises JobNotFound, ContributionError."""
         async with self._heard(caller):
             driver = self._jobs.find(request.job_id)
-            lease = await driver.lease(caller, request.round, request.generation, request.pipeline_id)
+            lease = driver.lease(caller, request.round, request.generation, request.pipeline_id)
         ranges = [pb.SampleRange(start=r.start, end=r.end) for r in lease.ranges]
         return pb.LeaseReply(lease_id=lease.lease_id, ranges=ranges)
 
@@ -112,9 +112,7 @@ class CoordinatorService:
         """Raises JobNotFound, ContributionError: not a member of the pipeline."""
         async with self._heard(caller):
             driver = self._jobs.find(request.job_id)
-            why = (
-                f"{request.reason.code} {request.reason.cause}".strip()[:_MAX_TEXT] or "given up by its lead"
-            )
+            why = f"{request.reason.code} {request.reason.cause}".strip()[:_MAX_TEXT] or "given up by its lead"
             await driver.abandon(caller, request.round, request.generation, request.pipeline_id, why)
         return pb.AbandonReply()
 
@@ -135,9 +133,7 @@ class CoordinatorService:
         """At most `max_piece_bytes`. Raises ProtocolError, StorageError: no such blob."""
         length = min(request.length, self._shared.settings.max_piece_bytes)
         async with self._heard(caller):
-            data = await asyncio.to_thread(
-                self._shared.blobs.read_piece, request.sha256, request.offset, length
-            )
+            data = await asyncio.to_thread(self._shared.blobs.read_piece, request.sha256, request.offset, length)
         return pb.GetPieceReply(data=data)
 
     # --- researchers --------------------------------------------------------------------------

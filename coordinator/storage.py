@@ -97,16 +97,12 @@ class Storage:
 
     def rounds_state(self, job_id: str, rules: Rules) -> RoundsState:
         """The job's newest round, as it was made durable; without a deadline."""
-        ((job, reason, fruitless),) = self._read(
-            "SELECT state, reason, fruitless FROM job WHERE job_id = ?", job_id
-        )
+        ((job, reason, fruitless),) = self._read("SELECT state, reason, fruitless FROM job WHERE job_id = ?", job_id)
         ((number, phase, generation),) = self._read(
             "SELECT round, phase, generation FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
         )
         pipelines = self.pipelines(job_id, number)
-        return RoundsState(
-            rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines
-        )
+        return RoundsState(rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines)
 
     def pipelines(self, job_id: str, round: int) -> tuple[Pipeline, ...]:
         members: dict[int, list[Member]] = {}
@@ -138,16 +134,10 @@ class Storage:
         )
 
     def set_phase(self, job_id: str, round: int, phase: Phase) -> None:
-        self._db.write(
-            "UPDATE round SET phase = ? WHERE job_id = ? AND round = ?", phase.value, job_id, round
-        )
+        self._db.write("UPDATE round SET phase = ? WHERE job_id = ? AND round = ?", phase.value, job_id, round)
 
-    def insert_pipelines(
-        self, job_id: str, round: int, generation: int, pipelines: Iterable[Pipeline]
-    ) -> None:
-        self._db.write(
-            "UPDATE round SET generation = ? WHERE job_id = ? AND round = ?", generation, job_id, round
-        )
+    def insert_pipelines(self, job_id: str, round: int, generation: int, pipelines: Iterable[Pipeline]) -> None:
+        self._db.write("UPDATE round SET generation = ? WHERE job_id = ? AND round = ?", generation, job_id, round)
         for item in pipelines:
             self._db.write(
                 "INSERT INTO pipeline VALUES (?, ?, ?, ?, ?, ?)",
@@ -161,9 +151,7 @@ class Storage:
                 ],
             )
 
-    def set_standing(
-        self, job_id: str, round: int, pipeline_id: int, standing: Standing, reason: str = ""
-    ) -> None:
+    def set_standing(self, job_id: str, round: int, pipeline_id: int, standing: Standing, reason: str = "") -> None:
         self._db.write(
             "UPDATE pipeline SET standing = ?, reason = ? WHERE job_id = ? AND round = ? AND pipeline_id = ?",
             *(standing.value, reason, job_id, round, pipeline_id),
@@ -186,8 +174,7 @@ class Storage:
 
     def insert_contribution(self, job_id: str, c: ContributionRecord) -> None:
         self._db.write(
-            f"INSERT INTO contribution (job_id, {_CONTRIBUTION})"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(job_id, c.round, c.generation, c.pipeline_id, c.peer, int(c.lead), c.payload, c.payload_size),
             *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt),
         )
@@ -205,8 +192,7 @@ class Storage:
     def leases(self, job_id: str) -> list[Lease]:
         ranges: dict[int, list[Range]] = {}
         for lease_id, start, end in self._read(
-            "SELECT lease_id, range_start, range_end FROM lease_range WHERE job_id = ?"
-            " ORDER BY lease_id, range_start",
+            "SELECT lease_id, range_start, range_end FROM lease_range WHERE job_id = ? ORDER BY lease_id, range_start",
             job_id,
         ):
             ranges.setdefault(lease_id, []).append(Range(start, end))
@@ -298,8 +284,7 @@ class Storage:
 
     def log_entry(self, job_id: str, round: int) -> LogEntry | None:
         found = self._read(
-            "SELECT round, entry_hash, signature FROM round"
-            " WHERE job_id = ? AND round = ? AND entry_hash IS NOT NULL",
+            "SELECT round, entry_hash, signature FROM round WHERE job_id = ? AND round = ? AND entry_hash IS NOT NULL",
             *(job_id, round),
         )
         return LogEntry(*found[0]) if found else None

@@ -124,9 +124,7 @@ def job_status(
         round=state.round,
         rounds=state.rules.rounds,
         inner_steps=inner_steps,
-        pipelines=len(state.with_standing(Standing.ACTIVE, Standing.WHOLE))
-        if state.job is JobState.RUNNING
-        else 0,
+        pipelines=len(state.with_standing(Standing.ACTIVE, Standing.WHOLE)) if state.job is JobState.RUNNING else 0,
         method=driver.spec.method.kind,
         trainable_parameters=job.trainable_parameters,
         contribution_bytes=totals.contribution_bytes,
@@ -157,9 +155,7 @@ def node_status(node: Node, driver: JobDriver | None, reason: str, now_s: float)
     )
 
 
-def _round_status(
-    summary: RoundSummary, progress: Sequence[pb.TrainProgress], now_unix_s: float
-) -> pb.RoundStatus:
+def _round_status(summary: RoundSummary, progress: Sequence[pb.TrainProgress], now_unix_s: float) -> pb.RoundStatus:
     status = pb.RoundStatus(
         round=summary.round,
         phase=summary.phase,

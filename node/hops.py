@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Protocol
 
 import structlog
@@ -123,7 +124,7 @@ class ChainServer:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in request.hops]
         if not 0 <= request.index < len(hops) or hops[request.index].peer_id != self.peer.peer_id:
             raise SessionError("the chain names another node at this place")
-        for before, after in zip(hops, hops[1:], strict=False):
+        for before, after in pairwise(hops):
             if before.span.end != after.span.start:
                 raise SpanError(f"the chain's spans {before.span} and {after.span} do not join")
         session = ChainSession(self, stream, request, hops)

@@ -122,7 +122,7 @@ class JobFolder:
 def _dump(arrays: Mapping[str, NDArray[np.float32]], facts: Mapping[str, object]) -> bytes:
     # safetensors refuses an empty file; a marker keeps the round's facts readable all the same.
     tensors = {key: np.ascontiguousarray(value) for key, value in arrays.items()} or {"none": np.zeros(1, np.float32)}
-    return save(tensors, metadata={"facts": json.dumps(dict(facts))})
+    return bytes(save(tensors, metadata={"facts": json.dumps(dict(facts))}))
 
 
 def _load(path: Path) -> tuple[Parameters, dict[str, int | str]] | None:

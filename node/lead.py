@@ -154,8 +154,6 @@ def label_loss(head: Head, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) ->
         counted = targets_BT != -100
         logits_NV = head.logits(hidden[:, :-1][counted])
         loss = functional.cross_entropy(logits_NV.float(), targets_BT[counted])
-        loss.backward()
+        torch.autograd.backward(loss)
     assert hidden.grad is not None
     return float(loss.detach()), hidden.grad
-
-

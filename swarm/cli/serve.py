@@ -67,7 +67,9 @@ def node_start(
     model: Model = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu or auto.")] = "auto",
     dtype: Dtype = "auto",
-    vram: Annotated[str, typer.Option(help="Memory this node may use, such as 8GiB; empty: most of what is free.")] = "",
+    vram: Annotated[
+        str, typer.Option(help="Memory this node may use, such as 8GiB; empty: most of what is free.")
+    ] = "",
     blocks: Annotated[str, typer.Option(help="START:END; empty: the span the swarm needs most that fits.")] = "",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 0,

@@ -104,9 +104,7 @@ def render(status: Status) -> None:
     console.print(f"{status['model']} ({status['revision']}), {status['blocks']} blocks")
     table = Table("node", "blocks", "dtype", "sessions", "state", "doing")
     for node in status["nodes"]:
-        table.add_row(
-            node["peer"], node["blocks"], node["dtype"], str(node["sessions"]), node["state"], node["doing"]
-        )
+        table.add_row(node["peer"], node["blocks"], node["dtype"], str(node["sessions"]), node["state"], node["doing"])
     console.print(table)
     if status["missing_blocks"]:
         console.print(f"[red]no node holds blocks {ranges_text(status['missing_blocks'])}: prompts cannot run[/red]")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -103,7 +102,11 @@ def _queries(question: Question, tokenizer: Any, max_length: int) -> list[_Query
         sample = encode_sample(tokenizer, (*question.messages, Message("assistant", choice)), max_length)
         start = next(i for i, label in enumerate(sample.labels) if label != IGNORED)
         labelled.append((sample.input_ids, start, tuple(i for i in sample.labels if i != IGNORED)))
-    shared_end = len(commonprefix([tokens[::-1] for _, _, tokens in labelled]))
+    shared_end = 0
+    for column in zip(*(tokens[::-1] for _, _, tokens in labelled), strict=False):
+        if len(set(column)) > 1:
+            break
+        shared_end += 1
     ids, start, tokens = labelled[question.right]
     found = [_Query(ids[: start + len(tokens) - 1], start, tokens)]
     for ids, start, tokens in labelled:

@@ -95,7 +95,7 @@ class SwarmClient:
             raise AdapterNotFound(f"no node announces an adapter '{adapter}' (announced: {names})")
         return hops, found
 
-    async def _open(self, mode: pb.Mode, adapter: str, via: Sequence[Hop] = ()) -> Chain:
+    async def _open(self, mode: pb.Mode.ValueType, adapter: str, via: Sequence[Hop] = ()) -> Chain:
         hops, found = await self.route(adapter)
         return await Chain.open(
             self._peer,
@@ -133,7 +133,9 @@ class SwarmClient:
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end a text."""
         ids = {self.tokenizer.eos_token_id, self._checkpoint.config.eos_token_id}
-        flat = {i for entry in ids if entry is not None for i in (entry if isinstance(entry, (list, tuple)) else [entry])}
+        flat = {
+            i for entry in ids if entry is not None for i in (entry if isinstance(entry, (list, tuple)) else [entry])
+        }
         return frozenset(flat)
 
 

@@ -47,8 +47,7 @@ class _Plan:
         """Uncompressed bytes in each stream: exact, except that gaps are an upper bound."""
         rows = self.group.rows
         return {
-            "gaps": positions.max_gap_bytes(rows, self.subset, self.kept)
-            * (self.coding is PositionCoding.GAPS),
+            "gaps": positions.max_gap_bytes(rows, self.subset, self.kept) * (self.coding is PositionCoding.GAPS),
             "bitmaps": positions.bitmap_bytes(rows, self.subset) * (self.coding is PositionCoding.BITMAP),
             "signs": packing.sign_bytes(rows, self.kept),
             "codes": packing.code_bytes(rows, self.kept, bits),
@@ -73,9 +72,7 @@ def encode(tensors: Mapping[str, Float32], settings: CodecSettings, context: Fra
     return write_frame(settings, context, shapes, body)
 
 
-def decode(
-    frame: bytes | memoryview, shapes: Mapping[str, Shape], context: FrameContext
-) -> dict[str, Float32]:
+def decode(frame: bytes | memoryview, shapes: Mapping[str, Shape], context: FrameContext) -> dict[str, Float32]:
     """The tensors of a frame, in key order, newly allocated.
 
     `shapes`: exactly the keys and shapes expected. Raises FrameTooLarge for a frame, or a part of
@@ -109,9 +106,7 @@ def _require_finite(key: str, flat: Float32) -> None:
 
 def _decode_dense(body: memoryview, sizes: Mapping[str, int]) -> dict[str, Float32]:
     if len(body) != 4 * sum(sizes.values()):
-        raise CodecError(
-            f"the frame holds {len(body)} bytes of values where {4 * sum(sizes.values())} are expected"
-        )
+        raise CodecError(f"the frame holds {len(body)} bytes of values where {4 * sum(sizes.values())} are expected")
     flats: dict[str, Float32] = {}
     offset = 0
     for key, size in sizes.items():
@@ -135,8 +130,7 @@ class _Subsets:
         self._ranks: dict[str, NDArray[np.uint32]] = {}
         if settings.random_keep < 1:
             self._ranks = {
-                key: select.random_ranks(context.job_id, context.round, key, size)
-                for key, size in sizes.items()
+                key: select.random_ranks(context.job_id, context.round, key, size) for key, size in sizes.items()
             }
 
     def of(self, plan: _Plan) -> NDArray[np.int64] | None:

@@ -46,9 +46,7 @@ def compress_with_feedback(
     shapes = shapes_of(delta)
     for key, shape in shapes_of(residual).items():
         if shapes.get(key) != shape:
-            raise CodecError(
-                f"the residual of {key!r} has shape {shape}, its delta {shapes.get(key, 'is absent')}"
-            )
+            raise CodecError(f"the residual of {key!r} has shape {shape}, its delta {shapes.get(key, 'is absent')}")
     decay = np.float32(settings.decay)
     corrected = dict(delta)
     for key in residual:

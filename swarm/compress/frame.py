@@ -83,9 +83,7 @@ def max_frame_bytes(shapes: Mapping[str, Shape]) -> int:
     return fixed_bytes + 16 * len(shapes) + 4 * elements + elements // 32
 
 
-def write_frame(
-    settings: CodecSettings, context: FrameContext, shapes: Mapping[str, Shape], body: bytes
-) -> bytes:
+def write_frame(settings: CodecSettings, context: FrameContext, shapes: Mapping[str, Shape], body: bytes) -> bytes:
     """`shapes` in key order."""
     manifest = compress(_manifest(shapes), LEVEL)
     header = HEADER.pack(
@@ -133,24 +131,19 @@ def read_frame(
     if sha256(content)[:CHECKSUM_BYTES] != view[-CHECKSUM_BYTES:]:
         raise CodecError("the frame does not match its checksum: it is damaged or cut short")
     fields = HEADER.unpack_from(content)
-    kind, bits, reserved, chunk, random_keep, density, round_, job_hash, base_hash, n_keys, manifest_bytes = (
-        fields[2:]
-    )
+    kind, bits, reserved, chunk, random_keep, density, round_, job_hash, base_hash, n_keys, manifest_bytes = fields[2:]
     if job_hash != context.job_hash:
         raise CodecError(f"the frame belongs to another job than '{context.job_id}'")
     if round_ != context.round:
         raise CodecError(f"the frame belongs to round {round_}, not to round {context.round}")
     if base_hash != context.base_hash:
         raise CodecError(
-            f"the frame starts from parameters {base_hash.hex()[:16]}, "
-            f"this round from {context.base_hash.hex()[:16]}"
+            f"the frame starts from parameters {base_hash.hex()[:16]}, this round from {context.base_hash.hex()[:16]}"
         )
     if kind >= len(_KINDS) or reserved != 0:
         raise CodecError(f"the frame has unknown kind {kind} or flags {reserved}")
     try:
-        settings = CodecSettings(
-            kind=_KINDS[kind], random_keep=random_keep, density=density, bits=bits, chunk=chunk
-        )
+        settings = CodecSettings(kind=_KINDS[kind], random_keep=random_keep, density=density, bits=bits, chunk=chunk)
     except ValidationError as error:
         raise CodecError(f"the frame has impossible settings: {error.errors()[0]['loc'][0]}") from error
     body_start = HEADER.size + manifest_bytes
@@ -201,9 +194,7 @@ def _read_entry(manifest: bytes, offset: int) -> tuple[str, Shape, int]:
     return key, shape, offset + 1 + 4 * rank
 
 
-def _check_entry(
-    key: str, shape: Shape, keys: Sequence[str], index: int, shapes: Mapping[str, Shape]
-) -> None:
+def _check_entry(key: str, shape: Shape, keys: Sequence[str], index: int, shapes: Mapping[str, Shape]) -> None:
     if key not in shapes:
         raise CodecError(f"the frame holds {key!r}, which is not expected")
     if index >= len(keys) or key_order(key) < key_order(keys[index]):

@@ -56,9 +56,7 @@ def read_gaps(data: bytes, expected: int) -> NDArray[np.int64]:
     written = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(written != ESCAPE)
     if ends.size != expected or data.endswith(bytes([ESCAPE])):
-        raise CodecError(
-            f"the frame holds {ends.size} position gaps where {expected} whole ones are expected"
-        )
+        raise CodecError(f"the frame holds {ends.size} position gaps where {expected} whole ones are expected")
     return np.diff(np.cumsum(written, dtype=np.int64)[ends], prepend=0)
 
 

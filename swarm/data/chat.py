@@ -112,9 +112,7 @@ def _find_answers(
         prompt = _render(tokenizer, before, True, where)
         answered = _render(tokenizer, [*before, message], False, where)
         # Any other last character will do: up to it the two renderings cannot have a common end.
-        other = Message(
-            "assistant", message.content + ("y" if message.content.rstrip().endswith("x") else "x")
-        )
+        other = Message("assistant", message.content + ("y" if message.content.rstrip().endswith("x") else "x"))
         tail = _common_end(answered, _render(tokenizer, [*before, other], False, where))
         end_of_turn = _END_OF_TURN.match(tail)
         end = len(answered) - len(tail) + (end_of_turn.end() if end_of_turn else 0)
@@ -128,9 +126,7 @@ def _find_answers(
     return text, spans
 
 
-def _render(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], add_generation_prompt: bool, where: str
-) -> str:
+def _render(tokenizer: ChatTokenizer, messages: Sequence[Message], add_generation_prompt: bool, where: str) -> str:
     try:
         return tokenizer.apply_chat_template(
             [message.as_dict() for message in messages],

@@ -116,9 +116,7 @@ def _parse_line(line: bytes, where: str) -> tuple[Message, ...]:
         raise DatasetError(f"{where}: messages is empty")
     messages = tuple(_parse_turn(turn, f"{where}, message {n}") for n, turn in enumerate(turns, start=1))
     if all(message.role != "assistant" for message in messages):
-        raise DatasetError(
-            f"{where} has no assistant message, so there is nothing to learn from", "add the answer"
-        )
+        raise DatasetError(f"{where} has no assistant message, so there is nothing to learn from", "add the answer")
     if messages[0].role == "assistant":
         # Chat templates cannot render the empty conversation that would be its prompt.
         raise DatasetError(f"{where} starts with the assistant", "put what it answers before it")

@@ -141,7 +141,7 @@ def skeleton_of(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> nn.Mo
     kept = nn.ModuleList(layers[i] for i in range(span.start, span.end))
     for module in kept.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx -= span.start
+            cast(Any, module).layer_idx -= span.start
     setattr(model, parts.layers, kept)
     setattr(model, parts.embed, None)
     setattr(model, parts.norm, nn.Identity())

@@ -81,7 +81,7 @@ class Chain:
         cls,
         peer: Peer,
         hops: Sequence[Hop],
-        mode: pb.Mode,
+        mode: pb.Mode.ValueType,
         model_hash: bytes,
         *,
         first: int = 0,
@@ -158,11 +158,11 @@ class Chain:
 
     async def begin_round(self, round: int) -> None:
         """Return once every hop holds the parameters that `round` starts from."""
-        await self._exchange("begin", round, self._inputs, pb.Frame(begin_round=pb.BeginRound(round=round)))
+        await self._exchange("begin_round", round, self._inputs, pb.Frame(begin_round=pb.BeginRound(round=round)))
 
     async def end_round(self, message: pb.EndRound) -> None:
         """Tell every hop to contribute its own blocks; returns when all have taken note."""
-        await self._exchange("end", message.round, self._inputs, pb.Frame(end_round=message))
+        await self._exchange("end_round", message.round, self._inputs, pb.Frame(end_round=message))
 
     async def close(self) -> None:
         """End the streams; nodes drop the session. Safe to call twice."""
@@ -218,9 +218,9 @@ class Chain:
             number = frame.backward.seq
             value = unpack(frame.backward.tensor, payload, self._dtype, self._device)
         elif kind == "begin_round":
-            kind, number = "begin", frame.begin_round.round
+            number = frame.begin_round.round
         elif kind == "end_round":
-            kind, number = "end", frame.end_round.round
+            number = frame.end_round.round
         elif kind == "error":
             raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
         else:
@@ -257,6 +257,3 @@ async def _expect_opened(stream: FrameStream[pb.Frame]) -> None:
 def lost_hop(hop: Hop) -> PeerLost:
     """The error that names a hop which went away."""
     return PeerLost(f"node {hop.peer_id} (blocks {hop.span}) went away")
-
-
-

@@ -185,7 +185,14 @@ class Peer:
                     bare = [Multiaddr(a.split("/p2p/")[0]) if "/p2p-circuit" not in a else Multiaddr(a) for a in addrs]
                     await self._p2p._client.connect(target, bare)
                 _, reader, writer = await self._p2p.call_binary_stream_handler(target, protocol)
-        except (TimeoutError, OSError, ControlFailure, P2PDaemonError, asyncio.IncompleteReadError, ValueError) as error:
+        except (
+            TimeoutError,
+            OSError,
+            ControlFailure,
+            P2PDaemonError,
+            asyncio.IncompleteReadError,
+            ValueError,
+        ) as error:
             raise PeerLost(f"node {peer_id} does not answer") from error
         return FrameStream(reader, writer, kind, peer=peer_id, count=count)
 

@@ -28,9 +28,7 @@ class OuterStep:
     momentum: dict[str, F32]
 
 
-def outer_step(
-    gradient: Mapping[str, F32], momentum: Mapping[str, F32], settings: OuterSettings
-) -> OuterStep:
+def outer_step(gradient: Mapping[str, F32], momentum: Mapping[str, F32], settings: OuterSettings) -> OuterStep:
     """One step. A key without momentum takes its first one, as torch does: momentum = gradient."""
     rate, decay = np.float32(settings.lr), np.float32(settings.momentum)
     update: dict[str, F32] = {}

@@ -50,8 +50,7 @@ def decompress(data: bytes | memoryview, *, limit_bytes: int) -> bytes:
             raise CodecError("a compressed frame does not declare its size")
         if header.content_size > limit_bytes:
             raise FrameTooLarge(
-                f"a compressed frame declares {header.content_size} bytes "
-                f"where at most {limit_bytes} are allowed"
+                f"a compressed frame declares {header.content_size} bytes where at most {limit_bytes} are allowed"
             )
         window_cap_bytes = max(limit_bytes, _MIN_WINDOW_BYTES)
         if header.window_size > window_cap_bytes:
@@ -64,9 +63,7 @@ def decompress(data: bytes | memoryview, *, limit_bytes: int) -> bytes:
             return _decompress_empty(decompressor, data)
         content = decompressor.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CodecError(
-            f"compressed data is damaged, cut short or has something after it: {error}"
-        ) from error
+        raise CodecError(f"compressed data is damaged, cut short or has something after it: {error}") from error
     if len(content) != header.content_size:
         raise CodecError(f"a compressed frame declares {header.content_size} bytes and holds {len(content)}")
     return content
@@ -79,7 +76,5 @@ def _decompress_empty(decompressor: zstandard.ZstdDecompressor, data: bytes | me
     # So few bytes hold at most seven blocks of 128 KiB: a constant, though decompressobj has no cap.
     stream = decompressor.decompressobj()
     if stream.decompress(data) or not stream.eof or stream.unused_data:
-        raise CodecError(
-            "a compressed frame declares 0 bytes and is cut short, holds more or has something after it"
-        )
+        raise CodecError("a compressed frame declares 0 bytes and is cut short, holds more or has something after it")
     return b""

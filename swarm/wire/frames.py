@@ -77,7 +77,9 @@ class FrameStream(Generic[M]):
             return None
         header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
         if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_payload_bytes:
-            raise FrameTooLarge(f"{self.peer or 'the peer'} announced a frame of {header_bytes} + {payload_bytes} bytes")
+            raise FrameTooLarge(
+                f"{self.peer or 'the peer'} announced a frame of {header_bytes} + {payload_bytes} bytes"
+            )
         try:
             data = await self._reader.readexactly(header_bytes)
             payload = await self._reader.readexactly(payload_bytes) if payload_bytes else b""

@@ -108,9 +108,7 @@ class RpcServer:
             )
             for method in service.methods
         }
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(service.full_name, handlers),)
-        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
         self._credentials = grpc.ssl_server_credentials([(tls.key_pem, tls.certificate_pem)])
 
     def _handler(

@@ -21,11 +21,7 @@ from swarm.errors import DatasetError, InputError, ModelNotFound, StorageError
 def test_the_folder_is_a_checkpoint_that_answers(smollm2: Path) -> None:
     assert smollm2 == samples.smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    assert (
-        GenerationConfig.from_pretrained(smollm2).eos_token_id
-        == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        == 2
-    )
+    assert GenerationConfig.from_pretrained(smollm2).eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     assert model.dtype == torch.float32
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (

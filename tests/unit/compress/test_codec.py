@@ -65,9 +65,7 @@ def test_spans_of_two_pipelines_need_not_line_up(keep: float) -> None:
 
 def test_keeps_the_largest_of_each_chunk() -> None:
     source = gaussian({"0/w": (1000,)})
-    decoded = decode(
-        encode(source, CodecSettings(density=0.1, chunk=300), CONTEXT), shapes_of(source), CONTEXT
-    )
+    decoded = decode(encode(source, CodecSettings(density=0.1, chunk=300), CONTEXT), shapes_of(source), CONTEXT)
     for start in range(0, 1000, 300):
         chunk = np.abs(source["0/w"][start : start + 300])
         kept = np.flatnonzero(decoded["0/w"][start : start + 300])
@@ -76,9 +74,7 @@ def test_keeps_the_largest_of_each_chunk() -> None:
 
 def test_equal_values_are_kept_from_the_left() -> None:
     source = {"0/w": np.full(200, -0.5, np.float32)}
-    decoded = decode(
-        encode(source, CodecSettings(density=0.1, chunk=100), CONTEXT), shapes_of(source), CONTEXT
-    )
+    decoded = decode(encode(source, CodecSettings(density=0.1, chunk=100), CONTEXT), shapes_of(source), CONTEXT)
     kept = [*range(10), *range(100, 110)]
     assert list(np.flatnonzero(decoded["0/w"])) == kept
     assert (decoded["0/w"][kept] == -0.5).all()
@@ -112,9 +108,7 @@ def test_the_random_subset_follows_job_round_and_key() -> None:
 def test_dense_quantization_is_near_the_best_for_gaussian_values(bits: int, best: float) -> None:
     """`best`: the Lloyd-Max quantizer's error for a normal variable (Max, 1960); 8 bits: uniform."""
     source = gaussian({"0/w": (64, 4096)})
-    decoded = decode(
-        encode(source, CodecSettings(density=1.0, bits=bits), CONTEXT), shapes_of(source), CONTEXT
-    )
+    decoded = decode(encode(source, CodecSettings(density=1.0, bits=bits), CONTEXT), shapes_of(source), CONTEXT)
     error = np.square(decoded["0/w"] - source["0/w"]).sum() / np.square(source["0/w"]).sum()
     assert 0.97 * best < error < 1.7 * best
     bias = np.abs(decoded["0/w"]).mean() / np.abs(source["0/w"]).mean() - 1
@@ -229,6 +223,4 @@ GOLDEN_SHA256 = "048a27b3d741e320517c9e0cd27f7a82d60dcac678d7b6da9ab9d91950d7f49
 def test_frames_of_version_1_decode_as_they_always_did() -> None:
     """Guards the format, the subset generator and the arithmetic against changes of ours or numpy's."""
     decoded = decode(base64.b64decode(GOLDEN_FRAME), {"0/w.lora_A": (3, 100), "head/norm": (7,)}, CONTEXT)
-    assert (
-        hashlib.sha256(b"".join(tensor.tobytes() for tensor in decoded.values())).hexdigest() == GOLDEN_SHA256
-    )
+    assert hashlib.sha256(b"".join(tensor.tobytes() for tensor in decoded.values())).hexdigest() == GOLDEN_SHA256

@@ -134,9 +134,7 @@ def test_two_levels_are_the_centroids() -> None:
     assert list(quantize.dequantize(codes, levels, 2)[0][[0, 3]]) == pytest.approx([1.6, 10], rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "levels", [[0x7F80, 0], [0, 0x7F80], [0x7FC0, 0], [0x8000, 0], [0, 0xBF80], [0x7F7F, 0x7F7F]]
-)
+@pytest.mark.parametrize("levels", [[0x7F80, 0], [0, 0x7F80], [0x7FC0, 0], [0x8000, 0], [0, 0xBF80], [0x7F7F, 0x7F7F]])
 def test_levels_that_are_no_magnitudes_are_refused(levels: list[int]) -> None:
     with pytest.raises(CodecError, match="level"):
         quantize.dequantize(np.zeros((1, 4), np.uint8), np.array([levels], np.uint16), 4)

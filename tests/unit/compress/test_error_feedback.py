@@ -36,9 +36,7 @@ def test_sent_and_left_add_up(delta: Tensors, codec: CodecSettings, data: st.Dat
         assert (np.abs(total - corrected) <= np.spacing(np.abs(left)) / 2).all()
 
 
-@pytest.mark.parametrize(
-    "codec", [CodecSettings(decay=1.0), CodecSettings(random_keep=0.3, bits=1, decay=1.0)]
-)
+@pytest.mark.parametrize("codec", [CodecSettings(decay=1.0), CodecSettings(random_keep=0.3, bits=1, decay=1.0)])
 def test_over_many_rounds_everything_arrives_or_waits(codec: CodecSettings) -> None:
     shapes = {"0/w.lora_A": (8, 576), "3/w.lora_B": (576, 8), "head/norm": (100,)}
     given_sum = {key: np.zeros(shape) for key, shape in shapes.items()}

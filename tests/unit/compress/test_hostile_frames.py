@@ -207,9 +207,7 @@ def test_forged_manifest(manifest: bytes, n_keys: int, reason: str) -> None:
         (GAPS, "levels", lambda data: b"\x80" * len(data), "negative"),
     ],
 )
-def test_forged_stream(
-    codec: CodecSettings, name: str, change: Callable[[bytes], bytes], reason: str
-) -> None:
+def test_forged_stream(codec: CodecSettings, name: str, change: Callable[[bytes], bytes], reason: str) -> None:
     refused(with_stream(encode(SOURCE, codec, CONTEXT), name, change), reason)
 
 
@@ -245,9 +243,7 @@ def test_bomb_in_a_stream_is_refused_within_the_cap(name: str) -> None:
 
 
 def test_bomb_in_the_manifest_is_refused() -> None:
-    refused(
-        with_manifest(encode(SOURCE, GAPS, CONTEXT), bytes(1 << 20), 3), "1048576 bytes where", FrameTooLarge
-    )
+    refused(with_manifest(encode(SOURCE, GAPS, CONTEXT), bytes(1 << 20), 3), "1048576 bytes where", FrameTooLarge)
 
 
 def test_long_frame_is_refused_before_it_is_hashed() -> None:
@@ -286,9 +282,7 @@ def test_one_forged_byte_decodes_finite_or_ends_in_a_typed_error(
         return data[:at] + bytes([value])[: len(data)] + data[at + 1 :]
 
     try:
-        decoded = decode(
-            with_stream(encode(SOURCE, codec, CONTEXT), name, change, packed=packed), SHAPES, CONTEXT
-        )
+        decoded = decode(with_stream(encode(SOURCE, codec, CONTEXT), name, change, packed=packed), SHAPES, CONTEXT)
     except CodecError:
         return
     assert {key: tensor.shape for key, tensor in decoded.items()} == SHAPES

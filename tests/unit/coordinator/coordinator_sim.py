@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,9 +52,7 @@ class TinyAdapters:
         return shapes
 
     def initial(self, method: LoraMethod, seed: int) -> dict[str, F32]:
-        return {
-            key: _random(shape, "initial", seed, key, method.r) for key, shape in self.shapes(method).items()
-        }
+        return {key: _random(shape, "initial", seed, key, method.r) for key, shape in self.shapes(method).items()}
 
     def export(self, method: LoraMethod, params: Tensors, model_name: str) -> dict[str, bytes]:
         config = json.dumps({"peft_type": "LORA", "r": method.r, "base_model_name_or_path": model_name})
@@ -167,6 +165,7 @@ class SimNode:
     name: str
     span: Span
     chains: Chains = field(default_factory=Chains)
+    acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None
     params: dict[str, F32] = field(default_factory=dict)
     at_round: int = -1
     hashes: dict[int, bytes] = field(default_factory=dict)
@@ -217,6 +216,7 @@ class SimNode:
             done.add(key)
             receipt = await self.train(part)
             assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
+            self.acknowledged(receipt)
             await self.settle(part)
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
@@ -307,8 +307,7 @@ class SimNode:
         else:
             await self._load(part, reply.update)
         hashes = {
-            block: block_hash({key: self.params[key] for key in keys})
-            for block, keys in by_block(self.params).items()
+            block: block_hash({key: self.params[key] for key in keys}) for block, keys in by_block(self.params).items()
         }
         assert params_hash(hashes) == reply.update.params_hash
         self.at_round = reply.update.round
@@ -345,13 +344,13 @@ async def run_job(
     data_dir: Path,
     spec: str,
     settings: CoordinatorSettings,
-    meanwhile: Callable[[Coordinator], Awaitable[None]] | None = None,
+    acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None,
 ) -> pb.JobStatus:
     """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands."""
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
     service = coordinator.service
     chains = Chains()
-    nodes = [SimNode(service, name, span, chains) for name, span in TWO_PIPELINES]
+    nodes = [SimNode(service, name, span, chains, acknowledged) for name, span in TWO_PIPELINES]
     for node in nodes:
         await node.register()
     try:
@@ -368,8 +367,6 @@ async def run_job(
             current = max(reply.current_round, current + int(reply.finished))
         for task in working:
             task.cancel()
-    if meanwhile is not None:
-        await meanwhile(coordinator)
     status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))
     await coordinator.close()
     return status

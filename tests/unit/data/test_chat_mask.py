@@ -95,9 +95,7 @@ def test_loss_on_every_answer_and_its_end_of_turn_token(tokenizer: Any) -> None:
     assert learned(tokenizer, sample) == ["Hi there.<|im_end|>", "Fine, 12 of 10 😀<|im_end|>"]
     rendered = tokenizer.apply_chat_template([m.as_dict() for m in TWO_TURNS], tokenize=False)
     assert list(sample.input_ids) == ids_of(tokenizer, rendered)
-    assert all(
-        label in (IGNORED, token) for label, token in zip(sample.labels, sample.input_ids, strict=True)
-    )
+    assert all(label in (IGNORED, token) for label, token in zip(sample.labels, sample.input_ids, strict=True))
     assert sample.labels[-1] == IGNORED, "the newline after the end of turn is not learned"
     assert sample.cut_tokens == 0
 
@@ -214,9 +212,7 @@ def test_a_tokenizer_of_another_kind() -> None:
     """SentencePiece style: spaces belong to words, the first word gets one of its own."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<unk>", "<s>", "</s>"], vocab_size=120, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], vocab_size=120, show_progress=False)
     backend.train_from_iterator([f"{m.role} {m.content} [INST] [/INST]" for m in TWO_TURNS], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = LLAMA2

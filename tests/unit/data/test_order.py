@@ -36,9 +36,7 @@ def test_the_order_is_the_same_on_every_machine() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    epochs = [
-        tuple(sample_index(e * 100 + p, 100, seed) for p in range(100)) for e in range(5) for seed in (0, 1)
-    ]
+    epochs = [tuple(sample_index(e * 100 + p, 100, seed) for p in range(100)) for e in range(5) for seed in (0, 1)]
     assert len(set(epochs)) == len(epochs)
 
 
