@@ -44,7 +44,8 @@ class OuterState:
             for part in _PARTS
             for key, value in getattr(self, part).items()
         }
-        return save(tensors)
+        packed: bytes = save(tensors)
+        return packed
 
     @classmethod
     def unpack(cls, data: bytes) -> OuterState:
@@ -96,8 +97,9 @@ def average(
             senders[key] += value != 0
     if uplink.kind == "dense":
         return {key: total / np.float32(pipelines) for key, total in sums.items()}
-    floor = np.float32(pipelines / 4)
-    return {key: total / np.maximum(senders[key], floor) for key, total in sums.items()}
+    for count in senders.values():
+        np.maximum(count, np.float32(pipelines / 4), out=count)
+    return {key: total / senders[key] for key, total in sums.items()}
 
 
 def outer_round(state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_id: str, round: int) -> RoundResult:

@@ -30,8 +30,12 @@ class Background:
         self._steps: set[asyncio.Task[Any]] = set()
         self._pauses: set[asyncio.Task[None]] = set()
         self._alarm: tuple[float, asyncio.Task[None]] | None = None
+        self._stop = asyncio.Event()
         self.trouble = ""
-        self.stopping = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
 
     def insist(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         """Run `step` now, and again after a pause until it raises nothing."""
@@ -53,7 +57,7 @@ class Background:
             self._alarm = (at_s, self._track(self._pauses, self._ring_at(at_s, ring)))
 
     async def stop(self) -> None:
-        self.stopping = True
+        self._stop.set()
         while running := (*self._steps, *self._pauses):
             for pause in self._pauses:
                 pause.cancel()
@@ -61,11 +65,11 @@ class Background:
 
     async def _until_done(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         failed = ""
-        while not self.stopping:
+        while not self._stop.is_set():
             try:
                 await step()
             except Exception as error:  # whatever it is: the job must not stand still unexplained
-                if self.stopping:
+                if self._stop.is_set():
                     return
                 failed = f"{what} failed and is tried again: {error}"
                 log.error("step_failed", step=what, error=str(error), exc_info=not isinstance(error, SwarmError))

@@ -95,11 +95,14 @@ class Blobs:
             if committed is not None and committed > size:
                 partial.unlink()
                 committed = None
-            if offset != (committed or 0) or (not data and size):
+            if offset == (committed or 0) and (data or not size):
+                committed = self._append(partial, committed, data)
+            elif committed == size:
+                # All bytes came before a crash, which kept them from being published.
+                with open(partial, "ab") as file:
+                    self._sync(file.fileno(), "piece")
+            if committed is None or committed < size:
                 return Progress(committed or 0, False)
-            self._append(partial, committed, data)
-            if offset + len(data) < size:
-                return Progress(offset + len(data), False)
             if _hash_file(partial) != sha256:
                 partial.unlink()
                 raise CorruptData(f"the upload {name[:12]} does not have the promised hash", "upload it again")
@@ -147,7 +150,8 @@ class Blobs:
                     removed += 1
         return removed
 
-    def _append(self, partial: Path, committed: int | None, data: bytes) -> None:
+    def _append(self, partial: Path, committed: int | None, data: bytes) -> int:
+        """Make the piece durable; returns the new committed offset. None: the upload begins."""
         if committed is None and len(os.listdir(self._partial)) >= self._bounds.max_partials:
             raise StorageError("too many uploads are unfinished", "wait until some are complete")
         with open(partial, "ab", buffering=0) as file:
@@ -161,6 +165,7 @@ class Blobs:
         self._used[partial.name] = self._now()
         if committed is None:
             self._sync_folder(self._partial)
+        return (committed or 0) + len(data)
 
     def _publish(self, path: Path, name: str) -> None:
         self._point("before blob rename")

@@ -23,7 +23,7 @@ from coordinator.results import JobResults
 from coordinator.round_model import JobState, Phase, RoundsState, Rules
 from coordinator.rounds import begin
 from swarm.config import JobSpec, job_from_json
-from swarm.errors import ConfigError, JobConflict, JobNotFound, StorageError
+from swarm.errors import ConfigError, JobConflict, JobNotFound, ModelMismatch, StorageError
 from swarm.ids import HEAD, block_of
 
 log = structlog.get_logger()
@@ -39,8 +39,13 @@ class Jobs:
         self._submitting = asyncio.Lock()
 
     async def recover(self) -> None:
-        """Read every job back and go on with it."""
+        """Read every job back and go on with it. Raises ModelMismatch: they are of another base model."""
         for job in await asyncio.to_thread(self._shared.storage.jobs):
+            if job.model_hash != self._shared.model.model_hash:
+                raise ModelMismatch(
+                    f"job {job.name} in this data folder is of model {job.model_hash.hex()[:12]}",
+                    "start the coordinator with that model, or with another --data-dir",
+                )
             spec = job_from_json(job.spec_json)
             driver = await asyncio.to_thread(self._load, job, spec)
             self._drivers[job.job_id] = driver
@@ -79,17 +84,21 @@ class Jobs:
         Raises ConfigError: the specification; JobConflict: its name is taken, or too many jobs;
         SwarmError of the adapter source: the method does not fit the model. Stores nothing then.
         """
-        spec = job_from_json(spec_json)
+        # Through a task of its own: a submitter that hangs up leaves a whole job or none.
+        return await asyncio.shield(
+            asyncio.ensure_future(self._submit(submitter, job_from_json(spec_json), dataset, dataset_size, samples))
+        )
+
+    async def _submit(
+        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+    ) -> JobDriver:
         async with self._submitting:
             self._refuse_conflicts(spec)
             if not 1 <= samples <= dataset_size:
                 raise ConfigError(f"data.train cannot hold {samples} samples in {dataset_size} bytes")
             if await asyncio.to_thread(self._shared.blobs.size, dataset) != dataset_size:
                 raise StorageError("the dataset is not uploaded", "upload it again, then submit the job")
-            # Through a task of its own: a submitter that hangs up leaves a whole job or none.
-            return await asyncio.shield(
-                asyncio.ensure_future(self._create(submitter, spec, dataset, dataset_size, samples))
-            )
+            return await self._create(submitter, spec, dataset, dataset_size, samples)
 
     async def _create(
         self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
@@ -104,6 +113,7 @@ class Jobs:
             name=spec.name,
             spec_json=spec.model_dump_json(),
             submitter=submitter,
+            model_hash=shared.model.model_hash,
             dataset=dataset,
             dataset_size=dataset_size,
             samples=samples,

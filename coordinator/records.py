@@ -22,6 +22,7 @@ class JobRecord:
     name: str
     spec_json: str
     submitter: str
+    model_hash: bytes
     dataset: bytes
     dataset_size: int
     samples: int

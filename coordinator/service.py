@@ -27,6 +27,10 @@ from swarm.wire.version import check_hello
 _MAX_ADDRS = 64
 _MAX_TEXT = 512
 _MAX_HISTORY = 1000
+_MAX_LISTED = 500
+_LISTED_HISTORY = 10
+_MAX_ADAPTERS = 100
+"""Replies stay below the 8 MiB of a message: lists show the newest, a single job shows more rounds."""
 _FINAL = frozenset({pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED, pb.VERDICT_LATE, pb.VERDICT_REJECTED})
 
 
@@ -152,7 +156,8 @@ class CoordinatorService:
             peer = node.record.peer
             reason = views.idle_reason(self._jobs.all(), peer)
             nodes.append(views.node_status(node, self._jobs.assigned(peer), reason, self._now()))
-        return pb.ListJobsReply(jobs=[await self._status(d) for d in self._jobs.all()], nodes=nodes)
+        newest = self._jobs.all()[-_MAX_LISTED:]
+        return pb.ListJobsReply(jobs=[await self._status(d, _LISTED_HISTORY) for d in newest], nodes=nodes)
 
     async def get_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
         """Raises JobNotFound."""
@@ -179,8 +184,8 @@ class CoordinatorService:
             reply.reason = driver.reason if driver else ""
         else:
             reply.reason = views.idle_reason(drivers, caller)
-        adapters = (views.finished_adapter(driver) for driver in drivers)
-        reply.adapters.extend(adapter for adapter in adapters if adapter is not None)
+        adapters = [views.finished_adapter(driver) for driver in drivers]
+        reply.adapters.extend([adapter for adapter in adapters if adapter is not None][-_MAX_ADAPTERS:])
         digest = hashlib.sha256(reply.SerializeToString(deterministic=True)).digest()
         # Never 0: that is what a node that has seen nothing sends.
         reply.version = int.from_bytes(digest[:8], "little") or 1
@@ -204,9 +209,9 @@ class CoordinatorService:
             reply.update.CopyFrom(views.outer_update(kept, driver.published[kept]))
         return reply
 
-    async def _status(self, driver: JobDriver) -> pb.JobStatus:
+    async def _status(self, driver: JobDriver, rounds: int = _MAX_HISTORY) -> pb.JobStatus:
         storage, job_id = self._shared.storage, driver.job.job_id
-        history = await asyncio.to_thread(storage.history, job_id, _MAX_HISTORY)
+        history = await asyncio.to_thread(storage.history, job_id, rounds)
         totals = await asyncio.to_thread(storage.totals, job_id)
         return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix())
 

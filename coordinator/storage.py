@@ -73,18 +73,18 @@ class Storage:
         return [
             JobRecord(*row)
             for row in self._read(
-                "SELECT job_id, name, spec_json, submitter, dataset, dataset_size, samples,"
+                "SELECT job_id, name, spec_json, submitter, model_hash, dataset, dataset_size, samples,"
                 " trainable_parameters FROM job ORDER BY ordinal"
             )
         ]
 
     def insert_job(self, job: JobRecord, state: JobState, reason: str) -> None:
         self._db.write(
-            "INSERT INTO job (job_id, ordinal, name, spec_json, submitter, dataset, dataset_size, samples,"
-            " trainable_parameters, state, reason)"
-            " VALUES (?, (SELECT count(*) FROM job), ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(job.job_id, job.name, job.spec_json, job.submitter, job.dataset, job.dataset_size),
-            *(job.samples, job.trainable_parameters, state.value, reason),
+            "INSERT INTO job (job_id, ordinal, name, spec_json, submitter, model_hash, dataset,"
+            " dataset_size, samples, trainable_parameters, state, reason)"
+            " VALUES (?, (SELECT count(*) FROM job), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(job.job_id, job.name, job.spec_json, job.submitter, job.model_hash),
+            *(job.dataset, job.dataset_size, job.samples, job.trainable_parameters, state.value, reason),
         )
 
     def set_job(self, job_id: str, state: JobState, reason: str, fruitless: int) -> None:

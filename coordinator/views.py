@@ -180,8 +180,9 @@ def _progress(driver: JobDriver, nodes: Nodes) -> list[pb.TrainProgress]:
     found = []
     for pipeline in driver.state.with_standing(Standing.ACTIVE, Standing.WHOLE):
         node = nodes.get(pipeline.members[0].peer)
-        if node is not None and node.progress is not None and node.progress.round == driver.state.round:
-            found.append(node.progress)
+        said = node.progress if node is not None else None
+        if said is not None and (said.job_id, said.round) == (driver.job.job_id, driver.state.round):
+            found.append(said)
     return found
 
 

@@ -15,6 +15,7 @@ CREATE TABLE job (
     name                  TEXT NOT NULL UNIQUE,
     spec_json             TEXT NOT NULL,
     submitter             TEXT NOT NULL,
+    model_hash            BLOB NOT NULL,
     dataset               BLOB NOT NULL CHECK (length(dataset) = 32),
     dataset_size          INTEGER NOT NULL,
     samples               INTEGER NOT NULL,

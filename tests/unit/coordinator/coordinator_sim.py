@@ -22,7 +22,7 @@ from coordinator.ports import CoordinatorSettings, ModelFacts, Tensors
 from coordinator.service import CoordinatorService
 from swarm.compress import FrameContext, decode, encode
 from swarm.config import LoraMethod, job_from_json
-from swarm.errors import JobConflict
+from swarm.errors import ContributionError, JobConflict
 from swarm.identity import Identity, verify
 from swarm.ids import HEAD, Span, block_of, seed_from, sha256
 from swarm.optim.params import block_hash, by_block, params_hash, unpack_block
@@ -77,6 +77,7 @@ class ManualClock:
     def __init__(self) -> None:
         self.now_s = 1000.0
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+        self._more_sleep = asyncio.Event()
 
     def monotonic(self) -> float:
         return self.now_s
@@ -85,9 +86,19 @@ class ManualClock:
         return 1_800_000_000.0 + self.now_s
 
     async def sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
         wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._more_sleep.set()
         self._sleepers.append((self.now_s + seconds, wake))
         await wake
+
+    async def sleep_over(self, seconds: float) -> None:
+        """Advance as soon as somebody sleeps who wakes exactly then."""
+        while not any(due == self.now_s + seconds for due, wake in self._sleepers if not wake.done()):
+            self._more_sleep.clear()
+            await self._more_sleep.wait()
+        self.advance(seconds)
 
     def advance(self, seconds: float) -> None:
         self.now_s += seconds
@@ -147,16 +158,6 @@ async def submit(service: CoordinatorService, caller: str, spec: str, dataset: b
     )
 
 
-class Chains:
-    """What leads tell their stages: here only that the samples are leased and training may start."""
-
-    def __init__(self) -> None:
-        self._started: dict[tuple[str, int, int], asyncio.Event] = {}
-
-    def of(self, part: pb.Assignment) -> asyncio.Event:
-        return self._started.setdefault((part.job_id, part.round, part.pipeline_id), asyncio.Event())
-
-
 @dataclass
 class SimNode:
     """A volunteer that follows the protocol. `params` are the whole job's, as it rebuilt them."""
@@ -164,7 +165,6 @@ class SimNode:
     service: CoordinatorService
     name: str
     span: Span
-    chains: Chains = field(default_factory=Chains)
     acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None
     params: dict[str, F32] = field(default_factory=dict)
     at_round: int = -1
@@ -214,13 +214,16 @@ class SimNode:
             if not reply.HasField("assignment") or key in done:
                 continue
             done.add(key)
-            receipt = await self.train(part)
+            try:
+                receipt = await self.train(part)
+            except ContributionError:
+                continue  # the round ended meanwhile: the next assignment is on its way
             assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
             self.acknowledged(receipt)
             await self.settle(part)
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
-        """One round up to the held contribution. A stage starts once its lead has leased samples."""
+        """One round up to the held contribution."""
         await self.catch_up(part)
         lease = None
         if part.index == 0:
@@ -235,14 +238,12 @@ class SimNode:
             )
             key = (part.round, part.generation)
             self.leased[key] = [(r.start, r.end) for r in lease.ranges]
-            self.chains.of(part).set()
-        await self.chains.of(part).wait()
         frame = self.frame(part)
         digest = await upload(self.service, self.peer, frame)
         return await self.contribute(part, digest, len(frame), lease.lease_id if lease else 0)
 
     async def contribute(
-        self, part: pb.Assignment, digest: bytes, size: int, lease_id: int, **changes: object
+        self, part: pb.Assignment, digest: bytes, size: int, lease: int, **changes: object
     ) -> pb.Receipt:
         spec = job_from_json(part.spec_json).schedule
         request = pb.ContributeRequest(
@@ -254,7 +255,7 @@ class SimNode:
             payload_size=size,
             inner_steps=spec.inner_steps,
             tokens=7,
-            lease_id=lease_id,
+            lease_id=lease,
             span=part.hops[part.index].span,
             loss=2.0 / part.round if part.index == 0 else None,
         )
@@ -349,8 +350,7 @@ async def run_job(
     """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands."""
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
     service = coordinator.service
-    chains = Chains()
-    nodes = [SimNode(service, name, span, chains, acknowledged) for name, span in TWO_PIPELINES]
+    nodes = [SimNode(service, name, span, acknowledged) for name, span in TWO_PIPELINES]
     for node in nodes:
         await node.register()
     try:

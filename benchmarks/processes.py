@@ -1,0 +1,120 @@
+"""The processes of a measurement: a swarm of real nodes, and sides that answer one round at a time.
+
+A *side* is a child that prints one JSON line when it is ready and then answers each JSON line on its
+stdin with one on its stdout; it ends at the end of its stdin. `Side` is the parent's end, `answer`
+the child's. Everything is ended when the `ExitStack` they were started on closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_STOP_TIMEOUT_S = 20.0
+_SOCKET = re.compile(r"pid=(\d+),fd=\d+.*?\n.*?bytes_sent:(\d+)")
+
+Json = dict[str, Any]
+"""One line between a side and its parent."""
+
+
+class Side:
+    """One child process. Its log is `<logs>/<name>.log`."""
+
+    def __init__(
+        self, stack: ExitStack, name: str, arguments: Sequence[str], logs: Path, environment: dict[str, str]
+    ) -> None:
+        """Starts without waiting; `hear` its first line to know that it is ready."""
+        self.name = name
+        self._log = logs / f"{name}.log"
+        with self._log.open("wb") as log:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **environment},
+                # Ctrl-C reaches the parent alone, which then ends its children in order.
+                start_new_session=True,
+            )
+        stack.callback(self._stop)
+
+    def hear(self) -> Json:
+        """The child's next line. Raises RuntimeError with the end of its log if it ended instead."""
+        assert self._popen.stdout is not None
+        line = self._popen.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
+        return dict(json.loads(line))
+
+    def ask(self, request: Json) -> Json:
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(json.dumps(request) + "\n")
+        self._popen.stdin.flush()
+        return self.hear()
+
+    def family(self) -> list[psutil.Process]:
+        """The child and its own children, such as its libp2p daemon."""
+        own = psutil.Process(self._popen.pid)
+        return [own, *own.children(recursive=True)]
+
+    def _stop(self) -> None:
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        self._popen.send_signal(signal.SIGTERM)
+        try:
+            self._popen.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+
+
+def start_swarm(
+    stack: ExitStack, root: Path, model: Path, spans: Sequence[str], threads: int
+) -> tuple[str, list[Side]]:
+    """`swarm bootstrap start` and one `swarm node start` a span; returns the join string and the nodes."""
+
+    def start(name: str, *command: str) -> Side:
+        return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", str(root / name)], root, {})
+
+    bootstrap = start("bootstrap", "bootstrap", "start", "--model", str(model), "--port", "0")
+    join = str(bootstrap.hear()["join"])
+    options = ("--join", join, "--dtype", "float32", "--threads", str(threads))
+    nodes = [start(f"node-{span.replace(':', '-')}", "node", "start", "--blocks", span, *options) for span in spans]
+    for node in nodes:
+        node.hear()
+    return join, nodes
+
+
+async def answer(handle: Callable[[Json], Awaitable[Json]], **ready: object) -> None:
+    """The child's end: say that it is ready, then answer until stdin ends."""
+    print(json.dumps({"event": "ready", **ready}), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        print(json.dumps(await handle(json.loads(line))), flush=True)
+
+
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """User and system time so far. (The kernel counts in steps of 10 ms.)"""
+    times = [process.cpu_times() for process in processes]
+    return sum(t.user + t.system for t in times)
+
+
+def sent_bytes(processes: Sequence[psutil.Process]) -> int | None:
+    """Bytes their open TCP sockets have sent so far, as the kernel counts them; None without `ss`."""
+    try:
+        listing = subprocess.run(["ss", "-tinpH"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    pids = {process.pid for process in processes}
+    return sum(int(size) for pid, size in _SOCKET.findall(listing) if int(pid) in pids)

@@ -1,0 +1,274 @@
+"""Rounds of one job as tables: what happens on the left, what follows from it on the right.
+
+A line reads `<time> <event> => <effects> | <job> <round>.<generation> <phase>`. Pipelines are
+words whose letters are their nodes, in chain order: `ab` is a pipeline that a leads.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from coordinator.placement import Member, PipelinePlan
+from coordinator.round_model import (
+    Abandoned,
+    Aggregate,
+    AggregateDone,
+    Commit,
+    CommitNow,
+    Contribution,
+    ContributionHeld,
+    Effect,
+    Event,
+    FormPipelines,
+    JobChanged,
+    NextRound,
+    NodeLost,
+    Offer,
+    OpenNext,
+    PipelineLost,
+    PipelinesFormed,
+    Reply,
+    Resume,
+    RoundAggregated,
+    RoundCommitted,
+    RoundFrozen,
+    RoundOpened,
+    RoundsState,
+    Rules,
+    Tick,
+)
+from coordinator.rounds import advance, begin, recover
+from swarm.ids import Span
+
+SCENARIOS = {
+    "two rounds, everybody in time": """
+        0 begin             => opened 1, form | waiting 1.0 open
+        0 offer ab cd       => formed ab:0 cd:1, job running | running 1.1 open
+        5 send a to 0       => held a, reply held | running 1.1 open
+        6 send c to 1       => held c, reply held | running 1.1 open
+        7 send b to 0       => held b whole, reply held | running 1.1 open
+        8 send d to 1       => held d whole, reply held, freeze 0+1, aggregate | running 1.1 frozen
+        9 aggregated        => aggregated, commit | running 1.1 aggregated
+        9 commit            => committed 0+1, open 2 | running 1.1 committed
+        9 next ab cd        => opened 2, formed ab:0 cd:1, job running | running 2.1 open
+        10 send a to 0      => held a, reply held | running 2.1 open
+        10 send b to 0      => held b whole, reply held | running 2.1 open
+        10 send c to 1      => held c, reply held | running 2.1 open
+        10 send d to 1      => held d whole, reply held, freeze 0+1, aggregate | running 2.1 frozen
+        11 aggregated       => aggregated, commit | running 2.1 aggregated
+        11 commit           => committed 0+1, job finished | finished 2.1 committed
+        12 next ab          => - | finished 2.1 committed
+        12 send a to 0 in 3 => reply rejected | finished 2.1 committed
+    """,
+    "the deadline freezes what is whole, the rest is late": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer ab cd   => formed ab:0 cd:1, job running | running 1.1 open
+        5 send a to 0   => held a, reply held | running 1.1 open
+        5 send b to 0   => held b whole, reply held | running 1.1 open
+        6 send c to 1   => held c, reply held | running 1.1 open
+        99 tick         => - | running 1.1 open
+        100 tick        => freeze 0 late 1, aggregate | running 1.1 frozen
+        101 send d to 1 => reply late | running 1.1 frozen
+        101 send c to 1 => reply duplicate | running 1.1 frozen
+        102 aggregated  => aggregated, commit | running 1.1 aggregated
+        102 commit      => committed 0, open 2 | running 1.1 committed
+        103 send d to 1 => reply late | running 1.1 committed
+    """,
+    "a lost pipeline does not hold up the others": """
+        0 begin                       => opened 1, form | waiting 1.0 open
+        0 offer ab cd                 => formed ab:0 cd:1, job running | running 1.1 open
+        5 send a to 0                 => held a, reply held | running 1.1 open
+        5 send b to 0                 => held b whole, reply held | running 1.1 open
+        7 send c to 1                 => held c, reply held | running 1.1 open
+        8 lost c                      => - | running 1.1 open
+        9 lost d                      => lost 1, freeze 0, aggregate | running 1.1 frozen
+        9 send d to 1                 => reply late | running 1.1 frozen
+    """,
+    "nobody whole by the deadline: the same round in another generation": """
+        0 begin               => opened 1, form | waiting 1.0 open
+        0 offer ab            => formed ab:0, job running | running 1.1 open
+        1 send a to 0         => held a, reply held | running 1.1 open
+        100 tick              => lost 0, job waiting, form | waiting 1.1 open
+        101 send b to 0       => reply late | waiting 1.1 open
+        101 offer -           => job waiting | waiting 1.1 open
+        101 offer -           => - | waiting 1.1 open
+        102 offer ac          => formed ac:1, job running | running 1.2 open
+        103 send a to 0       => reply duplicate | running 1.2 open
+        103 send a to 1 gen 1 => reply rejected | running 1.2 open
+        104 send a to 1       => held a, reply held | running 1.2 open
+        105 send b to 0       => reply late | running 1.2 open
+        106 send c to 1       => held c whole, reply held, freeze 1, aggregate | running 1.2 frozen
+    """,
+    "three attempts without one contribution pause the job": """
+        0 begin       => opened 1, form | waiting 1.0 open
+        0 offer ab    => formed ab:0, job running | running 1.1 open
+        3 abandon 0   => lost 0, job waiting, form | waiting 1.1 open
+        3 offer ab    => formed ab:1, job running | running 1.2 open
+        5 lost a      => lost 1, job waiting, form | waiting 1.2 open
+        6 offer ab    => formed ab:2, job running | running 1.3 open
+        105 tick      => - | running 1.3 open
+        106 tick      => lost 2, job paused | paused 1.3 open
+        107 offer ab  => - | paused 1.3 open
+        108 resume    => job waiting, form | waiting 1.3 open
+        108 offer ab  => formed ab:3, job running | running 1.4 open
+    """,
+    "a contribution in between starts the count anew": """
+        0 begin       => opened 1, form | waiting 1.0 open
+        0 offer ab    => formed ab:0, job running | running 1.1 open
+        1 abandon 0   => lost 0, job waiting, form | waiting 1.1 open
+        1 offer ab    => formed ab:1, job running | running 1.2 open
+        2 abandon 1   => lost 1, job waiting, form | waiting 1.2 open
+        2 offer ab    => formed ab:2, job running | running 1.3 open
+        3 send b to 2 => held b, job running, reply held | running 1.3 open
+        4 abandon 2   => lost 2, job waiting, form | waiting 1.3 open
+        5 offer ab    => formed ab:3, job running | running 1.4 open
+        6 abandon 3   => lost 3, job waiting, form | waiting 1.4 open
+    """,
+    "the same payload again, and another one": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer ab      => formed ab:0, job running | running 1.1 open
+        1 send a to 0   => held a, reply held | running 1.1 open
+        2 send a to 0   => reply duplicate | running 1.1 open
+        3 send a! to 0  => reply conflict | running 1.1 open
+        4 send z to 0   => reply rejected | running 1.1 open
+        4 send b to 9   => reply rejected | running 1.1 open
+        5 send b to 0   => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 send b to 0   => reply duplicate | running 1.1 frozen
+        6 send b! to 0  => reply conflict | running 1.1 frozen
+        7 abandon 0     => - | running 1.1 frozen
+        7 lost a        => - | running 1.1 frozen
+    """,
+    "a restart goes on where it was": """
+        0 begin        => opened 1, form | waiting 1.0 open
+        1 restart      => form | waiting 1.0 open
+        2 offer ab     => formed ab:0, job running | running 1.1 open
+        3 send a to 0  => held a, reply held | running 1.1 open
+        90 restart     => - | running 1.1 open
+        150 tick       => - | running 1.1 open
+        160 send b to 0 => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        161 restart    => aggregate | running 1.1 frozen
+        162 aggregated => aggregated, commit | running 1.1 aggregated
+        162 aggregated => - | running 1.1 aggregated
+        163 restart    => commit | running 1.1 aggregated
+        164 commit     => committed 0, open 2 | running 1.1 committed
+        164 commit     => - | running 1.1 committed
+        165 restart    => open 2 | running 1.1 committed
+        166 next -     => opened 2, job waiting | waiting 2.0 open
+        167 restart    => form | waiting 2.0 open
+        168 offer a    => formed a:0, job running | running 2.1 open
+    """,
+    "a round waits for as many pipelines as the job wants": """
+        0 begin min 2   => opened 1, form | waiting 1.0 open
+        1 offer ab      => job waiting | waiting 1.0 open
+        2 offer ab cd   => formed ab:0 cd:1, job running | running 1.1 open
+        3 offer ef      => - | running 1.1 open
+    """,
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str) -> None:
+    lines = [line.strip() for line in SCENARIOS[name].strip().splitlines()]
+    played: list[str] = []
+    state: RoundsState | None = None
+    for line in lines:
+        left = line.split(" => ")[0].rstrip()
+        now_s, what = left.split(" ", 1)
+        state, effects = _play(state, float(now_s), what)
+        shown = ", ".join(_show(effect) for effect in effects) or "-"
+        where = f"{state.job} {state.round}.{state.generation} {state.phase}"
+        played.append(f"{left} => {shown} | {where}")
+    assert "\n".join(played) == "\n".join(re.sub(r"\s+=>", " =>", line) for line in lines)
+
+
+def test_reasons_name_what_is_missing() -> None:
+    state, _ = begin(Rules(2, 100.0, 2, 3))
+    state, _ = advance(state, Offer(0.0, _plans("a"), "no idle node holds block 1"))
+    assert state.reason == "1 of at least 2 pipelines can be formed: no idle node holds block 1"
+    state, _ = advance(state, Offer(0.0, _plans("a b"), ""))
+    for peer in ("a", "b"):
+        state, _ = advance(state, NodeLost(1.0, peer, f"node {peer} fell silent"))
+    assert state.reason == "pipelines are being formed again: node b fell silent"
+
+
+def _play(state: RoundsState | None, now_s: float, what: str) -> tuple[RoundsState, tuple[Effect, ...]]:
+    words = what.split()
+    if words[0] == "begin":
+        return begin(Rules(2, 100.0, int(words[2]) if "min" in words else 1, 3))
+    assert state is not None
+    if words[0] == "restart":
+        return recover(state, now_s)
+    return advance(state, _event(state, now_s, words))
+
+
+def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
+    match words:
+        case ["offer", *plans]:
+            return Offer(now_s, _plans(" ".join(plans)), "no idle node holds block 1")
+        case ["next", *plans]:
+            return NextRound(now_s, _plans(" ".join(plans)), "no idle node holds block 1")
+        case ["send", peer, "to", pipeline_id, *rest]:
+            pipeline = state.pipeline(int(pipeline_id))
+            generation = pipeline.generation if pipeline else state.generation
+            if rest[:1] == ["gen"]:
+                generation = int(rest[1])
+            number = int(rest[1]) if rest[:1] == ["in"] else state.round
+            return Contribution(now_s, number, generation, int(pipeline_id), peer[0], peer.encode())
+        case ["lost", peer]:
+            return NodeLost(now_s, peer, f"node {peer} fell silent")
+        case ["abandon", pipeline_id]:
+            return Abandoned(now_s, state.round, int(pipeline_id), "out of memory")
+        case ["tick"]:
+            return Tick(now_s)
+        case ["aggregated"]:
+            return AggregateDone(state.round)
+        case ["commit"]:
+            return CommitNow(state.round)
+        case ["resume"]:
+            return Resume()
+    raise AssertionError(f"no such event: {words}")
+
+
+def _plans(text: str) -> tuple[PipelinePlan, ...]:
+    return tuple(
+        PipelinePlan(tuple(Member(peer, Span(at, at + 1)) for at, peer in enumerate(word)))
+        for word in text.split()
+        if word != "-"
+    )
+
+
+def _show(effect: Effect) -> str:
+    match effect:
+        case RoundOpened(number):
+            return f"opened {number}"
+        case PipelinesFormed(_, _, pipelines):
+            words = ("".join(m.peer for m in p.members) + f":{p.pipeline_id}" for p in pipelines)
+            return f"formed {' '.join(words)}"
+        case ContributionHeld(_, _, held, whole):
+            return f"held {held.peer}{' whole' if whole else ''}"
+        case PipelineLost(_, pipeline_id, _):
+            return f"lost {pipeline_id}"
+        case RoundFrozen(_, accepted, late):
+            return f"freeze {_ids(accepted)}{f' late {_ids(late)}' if late else ''}"
+        case RoundAggregated():
+            return "aggregated"
+        case RoundCommitted(_, accepted):
+            return f"committed {_ids(accepted)}"
+        case JobChanged(state, _, _):
+            return f"job {state}"
+        case Reply(answer, _):
+            return f"reply {answer}"
+        case FormPipelines():
+            return "form"
+        case Aggregate():
+            return "aggregate"
+        case Commit():
+            return "commit"
+        case OpenNext(number):
+            return f"open {number}"
+
+
+def _ids(pipeline_ids: tuple[int, ...]) -> str:
+    return "+".join(str(pipeline_id) for pipeline_id in pipeline_ids)

@@ -1,0 +1,64 @@
+"""Leases: given-back positions first, the same lease twice, every position closed once."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.leases import Book, Lease, LeaseState, Range, close, grant, restore, void
+
+
+def test_asking_again_gives_the_same_lease() -> None:
+    book, lease = grant(Book(), 1, 0, 10)
+    again, same = grant(book, 1, 0, 10)
+    assert (lease.ranges, same) == ((Range(0, 10),), lease)
+    assert again == book
+
+
+def test_void_positions_are_leased_first() -> None:
+    book, _ = grant(Book(), 1, 0, 10)
+    book, _ = grant(book, 1, 1, 10)
+    book, _ = void(book, 1, 0)
+    book, third = grant(book, 2, 0, 4)
+    book, fourth = grant(book, 2, 1, 10)
+    assert third.ranges == (Range(0, 4),)
+    assert fourth.ranges == (Range(4, 10), Range(20, 24))
+
+
+def test_ending_an_unknown_lease_changes_nothing() -> None:
+    assert close(Book(), 1, 0) == (Book(), None)
+    assert void(Book(), 1, 0) == (Book(), None)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["grant", "close", "void"]), st.integers(0, 5), st.integers(1, 9)), max_size=60
+    )
+)
+def test_every_position_is_closed_at_most_once(steps: list[tuple[str, int, int]]) -> None:
+    book = Book()
+    leases: dict[int, Lease] = {}
+    number: dict[int, int] = {}
+    for what, pipeline_id, count in steps:
+        round = number.get(pipeline_id, 0)
+        if what == "grant":
+            free_before = book.free
+            fresh = book.find(round, pipeline_id) is None
+            book, lease = grant(book, round, pipeline_id, count)
+            if fresh:
+                assert sum(r.end - r.start for r in lease.ranges) == count
+                untouched = [r for r in lease.ranges if r.start >= book.high - count and r not in free_before]
+                assert not book.free or not untouched or max(r.end for r in untouched) <= book.high
+        else:
+            book, ended = (close if what == "close" else void)(book, round, pipeline_id)
+            number[pipeline_id] = round + 1
+            if ended is None:
+                continue
+            lease = ended
+        leases[lease.lease_id] = lease
+        kept = [x for x in leases.values() if x.state is not LeaseState.VOID]
+        positions = [at for x in kept for r in x.ranges for at in range(r.start, r.end)]
+        free = [at for r in book.free for at in range(r.start, r.end)]
+        assert sorted(positions + free) == list(range(book.high)), "each position is in one place"
+        assert restore(leases.values()) == book, "a restart knows the same"

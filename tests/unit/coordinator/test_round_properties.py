@@ -1,0 +1,258 @@
+"""Whatever happens in whatever order: the invariants of rounds and leases hold after every event."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from coordinator import leases
+from coordinator.leases import Book, Lease, LeaseState
+from coordinator.placement import Member, form_pipelines
+from coordinator.round_model import (
+    Abandoned,
+    Aggregate,
+    AggregateDone,
+    Answer,
+    Commit,
+    CommitNow,
+    Contribution,
+    ContributionHeld,
+    Event,
+    FormPipelines,
+    JobState,
+    NextRound,
+    NodeLost,
+    Offer,
+    OpenNext,
+    Phase,
+    PipelineLost,
+    PipelinesFormed,
+    Reply,
+    Resume,
+    RoundCommitted,
+    RoundFrozen,
+    RoundsState,
+    Rules,
+    Standing,
+    Tick,
+)
+from coordinator.rounds import advance, begin, recover
+from swarm.ids import Span
+
+N_BLOCKS = 4
+PER_LEASE = 6
+PHASES = list(Phase)
+NODES = [Member(f"n{i}", Span(*ends)) for i, ends in enumerate([(0, 2), (2, 4), (0, 4), (1, 4), (0, 3), (3, 4)])]
+PEERS = st.sampled_from([node.peer for node in NODES])
+
+
+class RoundsMachine(RuleBasedStateMachine):
+    """Random events against the real state machine, with the book of leases a driver would keep."""
+
+    @initialize(min_pipelines=st.integers(1, 2), here=st.sets(PEERS, min_size=3))
+    def start(self, min_pipelines: int, here: set[str]) -> None:
+        self.now_s = 0.0
+        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3))
+        self.here = here
+        self.book = Book()
+        self.all_leases: dict[int, Lease] = {}
+        self.pending: list[object] = []
+        self.held: dict[tuple[int, int, str], bytes] = {}
+        self.accepted: set[tuple[int, str]] = set()
+        self._perform(effects)
+
+    # --- what a driver does with effects ------------------------------------------------------
+
+    def _step(self, event: Event) -> Reply | None:
+        before = self.state
+        self.state, effects = advance(before, event)
+        self._check_progress(before, self.state)
+        self._perform(effects)
+        return next((effect for effect in effects if isinstance(effect, Reply)), None)
+
+    def _perform(self, effects: tuple[object, ...]) -> None:
+        for effect in effects:
+            match effect:
+                case PipelinesFormed(number, _, pipelines):
+                    for pipeline in pipelines:
+                        self.book, lease = leases.grant(self.book, number, pipeline.pipeline_id, PER_LEASE)
+                        self.all_leases[lease.lease_id] = lease
+                case ContributionHeld(number, pipeline_id, held, _):
+                    assert (number, pipeline_id, held.peer) not in self.held
+                    self.held[number, pipeline_id, held.peer] = held.payload
+                case PipelineLost(number, pipeline_id, _):
+                    self._end(*leases.void(self.book, number, pipeline_id))
+                case RoundFrozen(number, accepted, late):
+                    assert accepted
+                    assert not set(accepted) & set(late)
+                    for pipeline_id in late:
+                        self._end(*leases.void(self.book, number, pipeline_id))
+                case RoundCommitted(number, accepted):
+                    for pipeline_id in accepted:
+                        self._end(*leases.close(self.book, number, pipeline_id))
+                        pipeline = self.state.pipeline(pipeline_id)
+                        assert pipeline is not None
+                        for member in pipeline.members:
+                            assert (number, pipeline_id, member.peer) in self.held, "accepted, not whole"
+                            assert (number, member.peer) not in self.accepted, "accepted twice"
+                            self.accepted.add((number, member.peer))
+                case FormPipelines() | Aggregate() | Commit() | OpenNext():
+                    self.pending.append(effect)
+                case _:
+                    pass
+
+    def _end(self, book: Book, lease: Lease | None) -> None:
+        assert lease is not None, "every pipeline has a lease that ends once"
+        self.book = book
+        self.all_leases[lease.lease_id] = lease
+
+    @staticmethod
+    def _check_progress(before: RoundsState, after: RoundsState) -> None:
+        if after.round == before.round:
+            assert PHASES.index(after.phase) >= PHASES.index(before.phase)
+            assert after.generation >= before.generation
+        else:
+            assert (after.round, before.phase, after.phase) == (
+                before.round + 1,
+                Phase.COMMITTED,
+                Phase.OPEN,
+            )
+        if before.job is JobState.FINISHED:
+            assert after == before
+
+    # --- what happens -------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 101.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        self._step(Tick(self.now_s))
+
+    @rule(peer=PEERS)
+    def node_joins(self, peer: str) -> None:
+        self.here.add(peer)
+        self._offer()
+
+    @rule(peer=PEERS)
+    def node_is_lost(self, peer: str) -> None:
+        self.here.discard(peer)
+        self._step(NodeLost(self.now_s, peer, "silent"))
+
+    @rule(peer=PEERS, payload=st.sampled_from([b"x", b"y"]), back=st.integers(0, 1), other=st.booleans())
+    def contribution(self, peer: str, payload: bytes, back: int, other: bool) -> None:
+        mine = [p for p in self.state.pipelines if p.has(peer)]
+        if not mine:
+            return
+        pipeline = mine[-1] if not other else mine[0]
+        event = Contribution(
+            self.now_s, self.state.round - back, pipeline.generation, pipeline.pipeline_id, peer, payload
+        )
+        key = (event.round, pipeline.pipeline_id, peer)
+        known = self.held.get(key)
+        count = len(self.held)
+        reply = self._step(event)
+        assert reply is not None
+        assert (len(self.held) == count + 1) == (reply.answer is Answer.HELD)
+        if back == 0 and known is not None:
+            assert reply.answer is (Answer.DUPLICATE if known == payload else Answer.CONFLICT)
+        if reply.answer is Answer.HELD:
+            again = self._step(event)
+            assert again == Reply(Answer.DUPLICATE), "one effect a contribution"
+
+    @rule(which=st.integers(0, 3))
+    def whole_pipeline(self, which: int) -> None:
+        active = self.state.with_standing(Standing.ACTIVE)
+        if active:
+            pipeline = active[which % len(active)]
+            for member in pipeline.members:
+                if pipeline.payload_of(member.peer) is None:
+                    self.contribution(member.peer, b"x", 0, False)
+
+    @rule(peer=PEERS)
+    def lead_abandons(self, peer: str) -> None:
+        for pipeline in self.state.pipelines:
+            if pipeline.members[0].peer == peer:
+                self._step(Abandoned(self.now_s, self.state.round, pipeline.pipeline_id, "out of memory"))
+
+    @rule()
+    def owner_resumes(self) -> None:
+        self._step(Resume())
+
+    @precondition(lambda self: self.pending)
+    @rule()
+    def driver_works(self) -> None:
+        self._work()
+
+    @precondition(lambda self: self.pending)
+    @rule()
+    def driver_catches_up(self) -> None:
+        while self.pending:
+            self._work()
+
+    def _work(self) -> None:
+        match self.pending.pop(0):
+            case FormPipelines():
+                self._offer()
+            case Aggregate(number):
+                self._step(AggregateDone(number))
+            case Commit(number):
+                self._step(CommitNow(number))
+            case OpenNext():
+                plans, missing = self._placement()
+                self._step(NextRound(self.now_s, plans, missing))
+
+    @rule()
+    def restart(self) -> None:
+        before = self.state
+        self.state, effects = recover(before, self.now_s)
+        self.pending = list(effects)
+        restored = leases.restore(self.all_leases.values())
+        assert restored == self.book
+
+    def _offer(self) -> None:
+        plans, missing = self._placement()
+        self._step(Offer(self.now_s, plans, missing))
+
+    def _placement(self):  # type: ignore[no-untyped-def]
+        placement = form_pipelines([node for node in NODES if node.peer in self.here], N_BLOCKS)
+        return placement.pipelines, placement.missing
+
+    # --- what always holds --------------------------------------------------------------------
+
+    @invariant()
+    def no_position_is_accepted_twice_or_leased_beside(self) -> None:
+        taken: list[int] = []
+        for lease in self.all_leases.values():
+            if lease.state is not LeaseState.VOID:
+                assert sum(r.end - r.start for r in lease.ranges) == PER_LEASE
+                taken += [at for r in lease.ranges for at in range(r.start, r.end)]
+        assert len(taken) == len(set(taken))
+        free = [at for r in self.book.free for at in range(r.start, r.end)]
+        assert sorted(taken + free) == list(range(self.book.high))
+
+    @invariant()
+    def a_node_counts_once_a_round(self) -> None:
+        counting = self.state.with_standing(Standing.ACTIVE, Standing.WHOLE)
+        peers = [member.peer for pipeline in counting for member in pipeline.members]
+        assert len(peers) == len(set(peers))
+
+    @invariant()
+    def states_fit_together(self) -> None:
+        state = self.state
+        active = state.with_standing(Standing.ACTIVE)
+        if state.phase is not Phase.OPEN:
+            assert not active
+            assert state.with_standing(Standing.WHOLE)
+        if state.job in (JobState.WAITING, JobState.PAUSED):
+            assert not active
+            assert state.reason, "a job that does not run says why"
+        assert (state.deadline_s is not None) == (state.job is JobState.RUNNING and state.phase is Phase.OPEN)
+        for pipeline in state.pipelines:
+            whole = len(pipeline.held) == len(pipeline.members)
+            assert whole == (pipeline.standing is Standing.WHOLE)
+
+
+RoundsMachine.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=80, deadline=None, database=None, derandomize=True
+)
+TestRounds = RoundsMachine.TestCase
