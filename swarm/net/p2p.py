@@ -1,7 +1,6 @@
 """libp2p, through hivemind's daemon wrapper, in our own event loop.
 
-One `Peer` a process: it owns the daemon (a child that ends with us, SIGKILL included), dials by
-peer id, opens and accepts long-lived streams of capped frames, and holds the DHT node. It never
+One `Peer` a process: it owns the daemon (`swarm.net.daemon`), dials by peer id, opens and accepts long-lived streams of capped frames, and holds the DHT node. It never
 uses `hivemind.DHT`, which forks a process that gRPC does not survive.
 """
 
@@ -12,14 +11,13 @@ import os
 import platform
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 from google.protobuf.message import Message
 from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
@@ -28,6 +26,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from swarm.errors import (
     ClockError,
     IdentityError,
+    InputError,
     JoinError,
     NetworkError,
     PeerLost,
@@ -36,9 +35,11 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.identity import Identity
+from swarm.net.daemon import ended, libp2p_daemon, wait_end
 from swarm.net.records import SignedRecords
 from swarm.wire.frames import FrameStream
 
+_LEAVE_TIMEOUT_S = 2.0
 M = TypeVar("M", bound=Message)
 log = structlog.get_logger()
 
@@ -68,9 +69,12 @@ def check_platform() -> None:
 class Peer:
     """A running libp2p daemon and DHT node. Make with `start`, end with `stop`."""
 
-    def __init__(self, p2p: Any, dht: Any, identity: Identity, addrs: tuple[str, ...]) -> None:
+    def __init__(
+        self, p2p: Any, dht: Any, identity: Identity, addrs: tuple[str, ...], running: AsyncExitStack
+    ) -> None:
         self._p2p = p2p
         self._dht = dht
+        self._running = running
         self._handlers: set[asyncio.Task[None]] = set()
         self.identity = identity
         self.addrs = addrs
@@ -93,42 +97,43 @@ class Peer:
         if settings.port and not settings.client_only:
             _check_port(settings.host, settings.port)
         listen = f"/ip4/{settings.host}/tcp/{settings.port}"
-        p2p = None
-        try:
-            async with asyncio.timeout(settings.join_timeout_s):
-                p2p = await P2P.create(
-                    initial_peers=list(bootstrap) or None,
-                    host_maddrs=None if settings.client_only else [listen],
-                    announce_maddrs=list(settings.announce) or None,
-                    identity_path=str(identity.path),
-                    # It would start a second daemon to find out; two processes cannot share the locked data folder.
-                    check_if_identity_free=False,
-                    no_listen=settings.client_only,
-                    dht_mode="client" if settings.client_only else "server",
-                    nat_port_map=False,
-                    auto_nat=True,
-                    use_relay=settings.relay,
-                    use_auto_relay=False,
-                )
-                dht = await DHTNode.create(
-                    p2p=p2p,
-                    initial_peers=list(bootstrap) or None,
-                    client_mode=settings.client_only,
-                    record_validator=SignedRecords(identity),
-                    # A lookup must see a record that another process stored a moment ago.
-                    cache_locally=False,
-                    cache_on_store=False,
-                    cache_nearest=0,
-                    cache_refresh_before_expiry=0,
-                    num_replicas=5,
-                    wait_timeout=3.0,
-                )
-                addrs = () if settings.client_only else tuple(str(a) for a in await p2p.get_visible_maddrs())
-        except BaseException as error:
-            if p2p is not None:
-                await asyncio.shield(p2p.shutdown())
-            _raise_start_error(error, bootstrap, settings)
-        return cls(p2p, dht, identity, addrs)
+        async with AsyncExitStack() as starting:
+            try:
+                async with asyncio.timeout(settings.join_timeout_s):
+                    p2p = await starting.enter_async_context(
+                        libp2p_daemon(
+                            initial_peers=list(bootstrap) or None,
+                            host_maddrs=None if settings.client_only else [listen],
+                            announce_maddrs=list(settings.announce) or None,
+                            identity_path=str(identity.path),
+                            # It would start a second daemon to find out; two processes cannot share the
+                            # locked data folder.
+                            check_if_identity_free=False,
+                            no_listen=settings.client_only,
+                            dht_mode="client" if settings.client_only else "server",
+                            nat_port_map=False,
+                            auto_nat=True,
+                            use_relay=settings.relay,
+                            use_auto_relay=False,
+                        )
+                    )
+                    dht = await DHTNode.create(
+                        p2p=p2p,
+                        initial_peers=list(bootstrap) or None,
+                        client_mode=settings.client_only,
+                        record_validator=SignedRecords(identity),
+                        # A lookup must see a record that another process stored a moment ago.
+                        cache_locally=False,
+                        cache_on_store=False,
+                        cache_nearest=0,
+                        cache_refresh_before_expiry=0,
+                        num_replicas=5,
+                        wait_timeout=3.0,
+                    )
+                    addrs = () if settings.client_only else tuple(str(a) for a in await p2p.get_visible_maddrs())
+            except Exception as error:
+                _raise_start_error(error, bootstrap, settings)
+            return cls(p2p, dht, identity, addrs, starting.pop_all())
 
     async def stop(self) -> None:
         """Leave: streams end, the daemon exits, its sockets are removed."""
@@ -136,8 +141,15 @@ class Peer:
             task.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
         with suppress(Exception):
-            await self._dht.shutdown()
-        await self._p2p.shutdown()
+            # Waits for the daemon's answers, which a daemon that just ended does not give.
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await self._dht.shutdown()
+        await self._running.aclose()
+
+    async def lost(self) -> NoReturn:
+        """Wait until the daemon ends by itself, and raise NetworkError then."""
+        status = await wait_end(self._p2p)
+        raise NetworkError(f"the libp2p daemon of this process ended (exit status {status})", "start it again")
 
     async def serve(
         self,
@@ -197,7 +209,9 @@ class Peer:
         return FrameStream(reader, writer, kind, peer=peer_id, count=count)
 
     async def publish(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:
-        """Store a record of ours under `key`; it is signed and expires after `ttl_s`."""
+        """Store a record of ours under `key`; it is signed and expires after `ttl_s`. False: nobody took it."""
+        if ended(self._p2p):
+            return False
         expires = _dht_time() + ttl_s
         return bool(await self._dht.store(key, value, expires, subkey=f"{self.peer_id}/{subkey}"))
 
@@ -229,9 +243,9 @@ def _check_port(host: str, port: int) -> None:
             raise PortInUse(f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}") from error
 
 
-def _raise_start_error(error: BaseException, bootstrap: Sequence[str], settings: PeerSettings) -> None:
+def _raise_start_error(error: Exception, bootstrap: Sequence[str], settings: PeerSettings) -> NoReturn:
     """Turn what hivemind raises into the error that tells what to do."""
-    if isinstance(error, (SwarmError, asyncio.CancelledError, KeyboardInterrupt)):
+    if isinstance(error, SwarmError):
         raise error
     text = str(error)
     if "local time must be within" in text:
@@ -240,6 +254,13 @@ def _raise_start_error(error: BaseException, bootstrap: Sequence[str], settings:
         raise NetworkError(
             f"the bootstrap node cannot dial this node back at {settings.host}:{settings.port}",
             "forward the port and pass --announce, or check the firewall",
+        ) from error
+    if "address already in use" in text:
+        raise PortInUse(f"cannot listen at {settings.host}:{settings.port}: address already in use") from error
+    if "multiaddr" in text.lower() or "failed to listen" in text:
+        raise InputError(
+            f"cannot use the addresses of this process: {text}",
+            "give --host an IPv4 address of this machine, and --announce multiaddrs such as /ip4/1.2.3.4/tcp/31330",
         ) from error
     if bootstrap and isinstance(error, (TimeoutError, RuntimeError, P2PDaemonError, ControlFailure, OSError)):
         raise JoinError(f"no bootstrap node answers at {', '.join(bootstrap)}") from error

@@ -56,9 +56,8 @@ class FrameStream(Generic[M]):
             raise FrameTooLarge(f"frame of {len(data)} + {len(payload)} bytes is over the cap")
         async with self._lock:
             try:
-                self._writer.write(_LENGTHS.pack(len(data), len(payload)) + data)
-                if payload:
-                    self._writer.write(payload)
+                # Together: two writes become two libp2p messages, and the second wakes everyone on the way again.
+                self._writer.writelines((_LENGTHS.pack(len(data), len(payload)) + data, payload))
                 await self._writer.drain()
             except (ConnectionError, RuntimeError) as error:
                 raise PeerLost(f"the connection to {self.peer or 'the peer'} broke while sending") from error

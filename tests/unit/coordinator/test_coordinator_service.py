@@ -30,6 +30,7 @@ from coordinator.driver import JobDriver
 from coordinator.ledger import log_entry_hash
 from coordinator.ports import CoordinatorSettings
 from coordinator.round_model import Standing
+from coordinator.storage import Storage
 from swarm.errors import (
     ConfigError,
     ContributionError,
@@ -491,6 +492,28 @@ async def test_a_damaged_outer_state_is_made_again(tmp_path: Path) -> None:
             await swarm.round("a", "b")
             finals.append(swarm.driver.published[2].params_hash)
     assert finals[0] == finals[1]
+
+
+async def test_old_rounds_make_room(tmp_path: Path) -> None:
+    async with opened(tmp_path, kept_rounds=1, blob_grace_s=1.0) as swarm:
+        await swarm.join(*ONE_PIPELINE)
+        job_id = (await submit(swarm.service, "me", job_spec(schedule=ONE))).job_id
+        for number in (1, 2, 3):
+            await swarm.until(lambda number=number: swarm.driver.state.round == number)
+            await swarm.round("a", "b")
+            swarm.clock.advance(2)
+    # Closing waits for the removal after the last round.
+    storage = Storage(tmp_path, lambda name: None)
+    outcomes = [storage.outcome(job_id, number) for number in range(4)]
+    left = {bytes.fromhex(path.name) for path in (tmp_path / "blobs" / "whole").iterdir()}
+    assert [o is not None and o.state_blob in left for o in outcomes] == [False, False, True, True]
+    assert [o is not None and o.snapshot_blob in left for o in outcomes] == [False, False, False, True]
+    assert [c.payload in left for n in (1, 2, 3) for c in storage.contributions(job_id, n)] == [
+        *(False, False),
+        *(False, False),
+        *(True, True),
+    ]
+    storage.close()
 
 
 async def test_a_failing_disk_is_named_and_tried_again(tmp_path: Path) -> None:
