@@ -24,7 +24,7 @@ from node.stage import AdapterStage
 from swarm.adapters.registry import ModelAdapters, Parameters
 from swarm.compress import FrameContext, compress_with_feedback, decode
 from swarm.config import JobSpec
-from swarm.errors import CorruptData, JobConflict
+from swarm.errors import CodecError, CorruptData, JobConflict
 from swarm.ids import Span, block_of, sha256
 from swarm.optim.params import block_hash, by_block, hash_all, params_hash, unpack_block
 from swarm.wire.v1 import common_pb2
@@ -179,7 +179,7 @@ class JobMember:
         try:
             self._reference = await self._updated(update)
             self._base_hash = update.params_hash
-        except CorruptData as error:
+        except (CorruptData, CodecError) as error:
             log.warning("update_mismatch", job=self.job_id, round=update.round, error=str(error))
             await self._take_snapshot(update)
         self._round = update.round + 1

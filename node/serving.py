@@ -71,6 +71,7 @@ class ServingStage:
         self._ledger = ledger
         self._session_id = session_id
         self._cache: Any = view.new_cache() if cached else None
+        self._kv_bytes_per_token = model.kv_bytes_per_token(view.span)
         self._length = 0
 
     def admit(self, shape_BTD: tuple[int, ...], position: int) -> None:
@@ -86,7 +87,7 @@ class ServingStage:
         if self._cache is not None:
             if position != self._length:
                 raise SessionError(f"the session holds {self._length} tokens, a step at {position} does not follow")
-            size = batch * (position + time) * self._model.kv_bytes_per_token(self._view.span)
+            size = batch * (position + time) * self._kv_bytes_per_token
             self._ledger.charge("kv", self._session_id, size)
             self._length += time
 

@@ -30,7 +30,7 @@ class BootstrapSettings:
 
 
 async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo], None]) -> None:
-    """Serve until cancelled. Raises any SwarmError of starting up; nothing is left running then."""
+    """Serve until cancelled. Raises any SwarmError of starting up or of libp2p; nothing is left running then."""
     checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model, settings.revision)
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))
@@ -45,4 +45,4 @@ async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo],
         )
         log.info("bootstrap_ready", peer=peer.peer_id, addrs=list(peer.addrs))
         ready(join)
-        await asyncio.Event().wait()
+        await peer.lost()

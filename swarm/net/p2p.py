@@ -1,7 +1,8 @@
 """libp2p, through hivemind's daemon wrapper, in our own event loop.
 
-One `Peer` a process: it owns the daemon (`swarm.net.daemon`), dials by peer id, opens and accepts long-lived streams of capped frames, and holds the DHT node. It never
-uses `hivemind.DHT`, which forks a process that gRPC does not survive.
+One `Peer` a process: it owns the daemon (`swarm.net.daemon`), dials by peer id, opens and accepts
+long-lived streams of capped frames, and holds the DHT node. It never uses `hivemind.DHT`, which
+forks a process that gRPC does not survive.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ class Peer:
     async def start(cls, identity: Identity, bootstrap: Sequence[str], settings: PeerSettings) -> Peer:
         """Start the daemon and join the DHT.
 
-        Raises PlatformError, PortInUse, ClockError, and JoinError when no bootstrap node answers
-        within `join_timeout_s`; nothing is left running then.
+        Raises PlatformError, PortInUse, ClockError, InputError (an address that cannot be used), and
+        JoinError when no bootstrap node answers within `join_timeout_s`; nothing is left running then.
         """
         check_platform()
         if identity.path is None:
