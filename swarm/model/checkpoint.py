@@ -3,7 +3,8 @@
 Reads a Hugging Face checkpoint folder or hub id. Only JSON files and safetensors headers are read
 until `load` asks for tensors by name; on the hub only the files that hold them are downloaded
 (`HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are honoured by huggingface_hub). Nothing is ever
-unpickled and no code of a checkpoint is run.
+unpickled and no code of a checkpoint is run. transformers is imported when it is first needed:
+that takes longer than everything else a command such as `swarm status` does.
 
 `model_hash` is the SHA-256 of the configuration, every tensor's name, dtype and shape, and the first
 bytes of each of a fixed sample of tensors: any process computes it without reading the weights,
@@ -17,20 +18,27 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import httpx  # what it raises when nobody answers, under one name across its versions
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
 
 from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, UnsupportedModel
 
 _MAX_HEADER_BYTES = 64 * 1024 * 1024
 _SAMPLED_TENSORS = 64
 _SAMPLED_BYTES = 64
+_HUB_TIMEOUT_S = 10.0
 _VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 
@@ -50,14 +58,31 @@ class Checkpoint:
     """One base model at one revision. Make with `open`."""
 
     def __init__(
-        self, name: str, revision: str, folder: Path | None, config: Any, tensors: dict[str, TensorEntry], raw: Any
+        self, name: str, revision: str, folder: Path | None, config_path: Path, tensors: dict[str, TensorEntry]
     ) -> None:
         self.name = name
         self.revision = revision
-        self.config = config
         self.tensors = tensors
         self._folder = folder
-        self.model_hash = self._fingerprint(raw)
+        self._config_path = config_path
+        self._raw_config = _read_config(config_path)
+        self.model_hash = self._fingerprint()
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration as transformers reads it. Raises UnsupportedModel."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(self._config_path.parent))
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise UnsupportedModel(f"cannot use the configuration {self._config_path}: {error}") from error
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the model. Most families say it in config.json under this name. Raises UnsupportedModel."""
+        said = self._raw_config.get("num_hidden_layers")
+        return said if isinstance(said, int) else int(self.config.num_hidden_layers)
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> Checkpoint:
@@ -80,19 +105,18 @@ class Checkpoint:
         tensors: dict[str, TensorEntry] = {}
         for file in files:
             tensors.update(_read_header(folder / file))
-        raw, config = _read_config(config_path)
-        return cls(str(folder), "local", folder, config, tensors, raw)
+        return cls(str(folder), "local", folder, config_path, tensors)
 
     @classmethod
     def _open_hub(cls, model: str, revision: str | None) -> Checkpoint:
         try:
             api = HfApi()
-            commit = api.model_info(model, revision=revision).sha
+            commit = api.model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S).sha
             config_path = Path(hf_hub_download(model, "config.json", revision=commit))
             metadata = api.get_safetensors_metadata(model, revision=commit)
         except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
             raise ModelNotFound(f"'{model}' is neither a folder nor a model on the hub") from error
-        except (HfHubHTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError) as error:
             raise ModelNotFound(
                 f"'{model}' is not a folder, and the hub cannot be reached to look for it",
                 "give a checkpoint folder, or check the network, HF_ENDPOINT and HF_TOKEN",
@@ -103,12 +127,11 @@ class Checkpoint:
                 start, end = info.data_offsets
                 # Offsets count from the end of the header, whose length this API does not tell.
                 tensors[name] = TensorEntry(file, info.dtype, tuple(info.shape), start, end - start)
-        raw, config = _read_config(config_path)
-        return cls(model, str(commit), None, config, tensors, raw)
+        return cls(model, str(commit), None, config_path, tensors)
 
-    def _fingerprint(self, raw: dict[str, Any]) -> bytes:
+    def _fingerprint(self) -> bytes:
         digest = hashlib.sha256(b"swarm-model-v1")
-        stable = {key: value for key, value in raw.items() if key not in _VOLATILE_KEYS}
+        stable = {key: value for key, value in self._raw_config.items() if key not in _VOLATILE_KEYS}
         digest.update(json.dumps(stable, sort_keys=True).encode())
         names = sorted(self.tensors)
         for name in names:
@@ -154,6 +177,8 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer. Raises ModelNotFound."""
+        from transformers import AutoTokenizer
+
         source = str(self._folder) if self._folder is not None else self.name
         revision = {} if self._folder is not None else {"revision": self.revision}
         try:
@@ -176,14 +201,16 @@ def open_for(model: str, revision: str, model_hash: bytes, override: str = "") -
     return checkpoint
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or "auto_map" in raw:
-            raise UnsupportedModel(f"{path} asks for code of its own, which is never run here")
-        return raw, AutoConfig.from_pretrained(str(path.parent))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UnsupportedModel(f"cannot use the configuration {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise UnsupportedModel(f"the configuration {path} is not a JSON object")
+    if "auto_map" in raw:
+        raise UnsupportedModel(f"{path} asks for code of its own, which is never run here")
+    return raw
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from swarm.errors import OutOfMemory, UnsupportedModel
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.hugepages import in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Parts:
     def of(cls, config: Any) -> Parts:
         """Read the family's pipeline plan. Raises UnsupportedModel."""
         plan = list(getattr(config, "base_model_pp_plan", None) or ())
-        if len(plan) != 3 or "layers" not in plan[1]:
+        # Some families put a dropout between embedding and blocks; it has no weights and stays where it is.
+        if len(plan) < 3 or plan[-2] != "layers":
             raise UnsupportedModel(f"model type '{config.model_type}' publishes no pipeline plan this version knows")
-        return cls(*plan)
+        return cls(plan[0], plan[-2], plan[-1])
 
 
 def n_blocks(config: Any) -> int:
@@ -84,7 +86,8 @@ class Shard:
             loaded = self.checkpoint.load(names.values(), self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"blocks {self.span} do not fit on {self.device}") from error
-        return {local: loaded[name] for local, name in names.items()}
+        frozen = {local: loaded[name] for local, name in names.items()}
+        return in_huge_pages(frozen) if self.device.type == "cpu" else frozen
 
     @property
     def weight_bytes(self) -> int:
@@ -188,7 +191,7 @@ class Head:
         tied = bool(checkpoint.config.tie_word_embeddings)
         modules = {f"{prefix}{parts.embed}": embed, f"{prefix}{parts.norm}": norm}
         if not tied:
-            modules["lm_head"] = lm_head
+            modules[_lm_head_name(checkpoint, prefix)] = lm_head
         names = [f"{path}.{leaf}" for path, module in modules.items() for leaf, _ in module.named_parameters()]
         try:
             loaded = checkpoint.load(names, dtype, device)
@@ -209,3 +212,18 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] after the last block to logits [..., V]."""
         return cast(torch.Tensor, self._lm_head(self._norm(hidden)))
+
+
+def _lm_head_name(checkpoint: Checkpoint, prefix: str) -> str:
+    """Where a checkpoint keeps its LM head: `lm_head` in most families, `embed_out` in GPT-NeoX."""
+    if "lm_head.weight" in checkpoint.tensors:
+        return "lm_head"
+    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+    found = [
+        name.removesuffix(".weight")
+        for name, entry in checkpoint.tensors.items()
+        if not name.startswith(prefix) and name.endswith(".weight") and entry.shape == shape
+    ]
+    if len(found) != 1:
+        raise UnsupportedModel(f"cannot tell which tensor of {checkpoint.name} is the LM head")
+    return found[0]

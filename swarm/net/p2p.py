@@ -70,9 +70,7 @@ def check_platform() -> None:
 class Peer:
     """A running libp2p daemon and DHT node. Make with `start`, end with `stop`."""
 
-    def __init__(
-        self, p2p: Any, dht: Any, identity: Identity, addrs: tuple[str, ...], running: AsyncExitStack
-    ) -> None:
+    def __init__(self, p2p: Any, dht: Any, identity: Identity, addrs: tuple[str, ...], running: AsyncExitStack) -> None:
         self._p2p = p2p
         self._dht = dht
         self._running = running
