@@ -18,8 +18,8 @@ from swarm.cli.process import run
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for logs, data, the adapter and summary.json.")] = Path("demo"),
-    rounds: Annotated[int, typer.Option(min=1)] = 4,
-    inner_steps: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    inner_steps: Annotated[int, typer.Option(min=1)] = 10,
     held_out: Annotated[int, typer.Option(min=2, help="Held-out sentences to score.")] = 200,
     log_level: LogLevel = "warning",
 ) -> None:

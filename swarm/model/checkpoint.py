@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HFValidationError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
     StrictDataclassError,
 )
 from huggingface_hub.utils import httpx  # what it raises when nobody answers, under one name across its versions
@@ -109,18 +111,11 @@ class Checkpoint:
 
     @classmethod
     def _open_hub(cls, model: str, revision: str | None) -> Checkpoint:
-        try:
+        with _asking_hub(model):
             api = HfApi()
             commit = api.model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S).sha
             config_path = Path(hf_hub_download(model, "config.json", revision=commit))
             metadata = api.get_safetensors_metadata(model, revision=commit)
-        except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-            raise ModelNotFound(f"'{model}' is neither a folder nor a model on the hub") from error
-        except (httpx.HTTPError, OSError) as error:
-            raise ModelNotFound(
-                f"'{model}' is not a folder, and the hub cannot be reached to look for it",
-                "give a checkpoint folder, or check the network, HF_ENDPOINT and HF_TOKEN",
-            ) from error
         tensors = {}
         for file, header in metadata.files_metadata.items():
             for name, info in header.tensors.items():
@@ -148,13 +143,14 @@ class Checkpoint:
             with (self._folder / entry.file).open("rb") as file:
                 file.seek(entry.offset)
                 return file.read(length)
-        hub = HfFileSystem()
-        path = f"{self.name}@{self.revision}/{entry.file}"
-        data_start = 8 + struct.unpack("<Q", hub.cat_file(path, start=0, end=8))[0]
-        return bytes(hub.cat_file(path, start=data_start + entry.offset, end=data_start + entry.offset + length))
+        with _asking_hub(self.name):
+            hub = HfFileSystem()
+            path = f"{self.name}@{self.revision}/{entry.file}"
+            data_start = 8 + struct.unpack("<Q", hub.cat_file(path, start=0, end=8))[0]
+            return bytes(hub.cat_file(path, start=data_start + entry.offset, end=data_start + entry.offset + length))
 
     def load(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        """Read tensors by name. Raises UnsupportedModel (a name is missing), CorruptData."""
+        """Read tensors by name. Raises UnsupportedModel (a name is missing), ModelNotFound (the hub), CorruptData."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             entry = self.tensors.get(name)
@@ -166,7 +162,8 @@ class Checkpoint:
             if self._folder is not None:
                 path = self._folder / file
             else:
-                path = Path(hf_hub_download(self.name, file, revision=self.revision))
+                with _asking_hub(self.name):
+                    path = Path(hf_hub_download(self.name, file, revision=self.revision))
             try:
                 with safe_open(str(path), framework="pt") as reader:
                     for name in wanted:
@@ -199,6 +196,20 @@ def open_for(model: str, revision: str, model_hash: bytes, override: str = "") -
             f" but the swarm runs {model} with {model_hash.hex()[:12]}"
         )
     return checkpoint
+
+
+@contextmanager
+def _asking_hub(model: str) -> Iterator[None]:
+    """Name what the hub says, or that it says nothing."""
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
+        raise ModelNotFound(f"'{model}' is neither a folder nor a model on the hub") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise ModelNotFound(
+            f"'{model}' is not a folder, and the hub does not give it: {' '.join(str(error).split())}",
+            "give a checkpoint folder, or check the network, HF_ENDPOINT and HF_TOKEN",
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
