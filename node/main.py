@@ -48,8 +48,8 @@ class NodeSettings:
     """Where this node finds the weights, if not where the join string says."""
     device: str = "auto"
     dtype: str = "auto"
-    memory_bytes: int = 0
-    """Budget of the ledger; 0: most of what is free."""
+    memory_bytes: int | None = None
+    """Budget of the ledger; None: most of what is free."""
     blocks: str = ""
     """START:END; empty: the span the swarm needs most, of as many blocks as fit."""
     peer: PeerSettings = PeerSettings()
@@ -82,27 +82,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -> None:
     """Serve until cancelled. `ready(span, peer id)` is called once others can reach this node.
 
-    Raises any SwarmError of starting up; nothing is left running then.
+    Raises any SwarmError of starting up or of libp2p; nothing is left running then.
     """
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     join = settings.join
     checkpoint = await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, settings.model)
     total = n_blocks(checkpoint.config)
-    ledger = Ledger(settings.memory_bytes or default_budget(device))
+    ledger = Ledger(default_budget(device) if settings.memory_bytes is None else settings.memory_bytes)
+    wanted = Span.parse(settings.blocks, total) if settings.blocks else None
+    capacity = fitting_blocks(checkpoint, dtype, ledger.budget_bytes)
+    if wanted is None and capacity < 1:
+        raise OutOfMemory(f"not one block fits into {ledger.budget_bytes >> 20} MiB")
     traffic = Traffic()
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))
         identity = Identity.load_or_create(data_dir.path / "identity.key")
         peer = await Peer.start(identity, settings.join.bootstrap, settings.peer)
         stack.push_async_callback(peer.stop)
-        if settings.blocks:
-            span = Span.parse(settings.blocks, total)
-        else:
-            capacity = fitting_blocks(checkpoint, dtype, ledger.budget_bytes)
-            if capacity == 0:
-                raise OutOfMemory(f"not one block fits into {ledger.budget_bytes >> 20} MiB")
-            span = choose_span((await snapshot(peer, checkpoint.model_hash)).nodes, total, capacity)
+        span = wanted or choose_span((await snapshot(peer, checkpoint.model_hash)).nodes, total, capacity)
         compute = Compute()
         stack.callback(compute.stop)
         log.info("loading", blocks=str(span), of=total, device=str(device), dtype=str(dtype))
@@ -142,5 +140,6 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(announce())
+            tasks.create_task(peer.lost())
             if worker is not None:
                 tasks.create_task(worker.run())

@@ -199,19 +199,24 @@ class Worker:
     async def _lead(self, assignment: pb.Assignment) -> None:
         try:
             await self._lead_round(assignment)
-        except SwarmError as error:
-            log.warning("round_failed", job=assignment.job_name, round=assignment.round, error=str(error))
+        except Exception as error:
+            # Whatever went wrong, the coordinator must know that this pipeline will not deliver.
+            known = error if isinstance(error, SwarmError) else SwarmError(f"the lead failed: {type(error).__name__}")
+            log.warning(
+                "round_failed",
+                job=assignment.job_name,
+                round=assignment.round,
+                error=str(known),
+                exc_info=None if known is error else error,
+            )
             request = pb.AbandonRequest(
                 job_id=assignment.job_id,
                 round=assignment.round,
                 generation=assignment.generation,
                 pipeline_id=assignment.pipeline_id,
-                reason=common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix),
+                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix),
             )
             await self._link.call(lambda client: client.abandon(request))
-        except Exception:
-            log.exception("lead_failed", job=assignment.job_name, round=assignment.round)
-            raise
 
     async def _lead_round(self, assignment: pb.Assignment) -> None:
         member = await self._member(assignment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -222,6 +223,7 @@ def export(
                 raise JobConflict(f"job {found.name} has no committed round to export yet", "wait for its first round")
             return found, {f.name: await client.get_blob(f.sha256, f.size) for f in found.adapter}
 
+        refuse_existing(out)
         found, files = await with_coordinator(join, data_dir, action)
         write_folder(out, files)
         result = {"job": found.name, "round": found.adapter_round, "folder": str(out)}
@@ -230,16 +232,24 @@ def export(
     run(main, role="client", log_level=log_level, as_json=as_json)
 
 
+def refuse_existing(out: Path) -> None:
+    """Raises StorageError if the folder to make is there already."""
+    if out.exists() or out.is_symlink():
+        raise StorageError(f"{out} exists already", "choose another --out")
+
+
 def write_folder(out: Path, files: dict[str, bytes]) -> None:
     """Make a folder with these files: whole, or not at all. Raises StorageError."""
+    refuse_existing(out)
     try:
-        if out.exists():
-            raise StorageError(f"{out} exists already", "choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        for name, content in files.items():
-            (temporary / Path(name).name).write_bytes(content)
-        temporary.chmod(0o755)
-        os.rename(temporary, out)
+        try:
+            for name, content in files.items():
+                (temporary / Path(name).name).write_bytes(content)
+            temporary.chmod(0o755)
+            os.rename(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}") from error

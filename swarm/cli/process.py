@@ -1,8 +1,9 @@
 """Running a command: event loop, signals, and how results and errors are printed.
 
 stdout carries results, stderr logs and errors. A SwarmError ends the command with exit status 1
-and three lines (code, cause, fix), or one JSON object with `--json`. Ctrl-C and SIGTERM cancel
-the running coroutine, whose clean-up leaves nothing behind, and exit with 130 and 143.
+and two lines (code and cause, fix), and one JSON object on stdout with `--json`. The first Ctrl-C
+or SIGTERM cancels the running coroutine, whose clean-up leaves nothing behind and is not cut short
+by further ones; the exit status is 130 or 143.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from swarm.errors import SwarmError
+import structlog
+
+from swarm.errors import StorageError, SwarmError
 from swarm.logs import configure
 
 T = TypeVar("T")
+log = structlog.get_logger()
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], *, role: str, log_level: str, as_json: bool = False) -> T:
@@ -37,23 +42,31 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], *, role: str, log_level: str
 
         def stop(number: signal.Signals) -> None:
             stopped_by.append(number)
-            task.cancel()
+            if len(stopped_by) == 1:
+                task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
         return await task
 
+    problem: SwarmError | None = None
     try:
         return _loop_runner()(supervised())
     except asyncio.CancelledError:
-        raise SystemExit(128 + (stopped_by[0] if stopped_by else signal.SIGINT)) from None
+        pass
     except SwarmError as error:
-        fail(error, as_json=as_json)
+        problem = error
     except ExceptionGroup as group:
-        known = _first_known(group)
-        if known is None:
+        problem = _first_known(group)
+        if problem is None:
             raise
-        fail(known, as_json=as_json)
+    if problem is not None and not stopped_by:
+        fail(problem, as_json=as_json)
+    # The interpreter takes a moment to end; nothing is left that another signal could stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if problem is not None:
+        log.warning("stopped_uncleanly", error=str(problem))
+    raise SystemExit(128 + (stopped_by[0] if stopped_by else signal.SIGINT))
 
 
 def _loop_runner() -> Callable[[Coroutine[Any, Any, T]], T]:
@@ -89,10 +102,17 @@ def say(text: str) -> None:
 
 
 def write_join_file(path: Path | None, join: str) -> None:
-    """Put the join string where other processes wait for it: whole or not at all."""
+    """Put the join string where other processes wait for it: whole or not at all. Raises StorageError."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(join + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(join + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write the join file {path}: {error.strerror}", "choose another --join-file"
+        ) from error

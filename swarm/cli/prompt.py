@@ -5,32 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, get_args
 
 import typer
 
-from swarm.cli.options import DataDirOption, Dtype, Join, Json, LogLevel, Model, Threads
+from swarm.cli.options import DataDirOption, Dtype, Join, Json, LogLevel, Model, Threads, one_of
 from swarm.cli.process import run, say
 from swarm.datadir import default_data_dir
-from swarm.net.join import JoinInfo, parse_join
-
-if TYPE_CHECKING:
-    from swarm.client.session import SwarmClient
+from swarm.errors import InputError
+from swarm.net.join import parse_join
 
 
-def _client(join: JoinInfo, model: str | None, dtype: str, encoding: str, data_dir: DataDirOption) -> SwarmClient:
-    import torch
-
-    from swarm.client.session import SwarmClient
-    from swarm.model.checkpoint import open_for
-
-    return SwarmClient(
-        join,
-        open_for(join.model, join.revision, join.model_hash, model or ""),
-        (data_dir or default_data_dir("client")) / "identity.key",
-        dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32),
-        encoding=encoding,
-    )
+def _identity_path(data_dir: Path | None) -> Path:
+    return (data_dir or default_data_dir("client")) / "identity.key"
 
 
 def generate(
@@ -41,7 +29,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option(help="0: all tokens.")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text instead of answering a chat turn.")] = False,
     activations: Annotated[
         str, typer.Option(help="Encoding on the links: bfloat16, float16, float32 or int8.")
@@ -56,15 +44,33 @@ def generate(
     """Prompt the swarm and print its answer as it comes."""
 
     async def main() -> None:
+        from swarm.config import ActivationEncoding
+
+        # What was typed is checked before anything is loaded, and before the swarm is asked.
+        info = parse_join(join)
+        one_of("--dtype", dtype, ("float32", "bfloat16", "float16", "auto"))
+        one_of("--activations", activations, get_args(ActivationEncoding))
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise InputError("the prompt is not UTF-8", "call swarm from a UTF-8 terminal or script")
+
         import torch
 
         from swarm.client.sampling import Sampling
+        from swarm.client.session import SwarmClient
+        from swarm.model.checkpoint import open_for
 
         if threads:
             torch.set_num_threads(threads)
         sampling = Sampling(temperature, top_p, top_k, seed)
-        async with _client(parse_join(join), model, dtype, activations, data_dir) as client:
-            ids = client.encode_prompt(prompt, chat=not raw)
+        client = SwarmClient(
+            info,
+            open_for(info.model, info.revision, info.model_hash, model or ""),
+            _identity_path(data_dir),
+            dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
+            encoding=activations,
+        )
+        ids = client.encode_prompt(prompt, chat=not raw)
+        async with client:
             session = await client.session(adapter)
             began = time.monotonic()
             tokens: list[int] = []
@@ -111,11 +117,20 @@ def status(
     """Show the swarm: nodes, spans, missing blocks, adapters and, where there is a coordinator, jobs."""
 
     async def main() -> None:
-        from swarm.cli.status_view import collect, render
-
         info = parse_join(join)
-        async with _client(info, model, "float32", "bfloat16", data_dir) as client:
-            result = await collect(client, info, (data_dir or default_data_dir("client")) / "identity.key")
+
+        from swarm.cli.status_view import collect, render
+        from swarm.identity import Identity
+        from swarm.model.checkpoint import open_for
+        from swarm.net.p2p import Peer, PeerSettings
+
+        checkpoint = open_for(info.model, info.revision, info.model_hash, model or "")
+        identity = Identity.load_or_create(_identity_path(data_dir))
+        peer = await Peer.start(identity, info.bootstrap, PeerSettings(client_only=True))
+        try:
+            result = await collect(peer, info, checkpoint.n_blocks)
+        finally:
+            await peer.stop()
         if as_json:
             say(json.dumps(result))
         else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli.options import Announce, DataDirOption, Dtype, Host, Join, JoinFile, Json, LogLevel, Model, Threads
+from swarm.cli.options import Announce, DataDirOption, Dtype, Host, Join, JoinFile, Json, LogLevel, Model, Port, Threads
 from swarm.cli.process import run, say, write_join_file
 from swarm.datadir import default_data_dir
 from swarm.net.join import JoinInfo, parse_join
@@ -29,7 +29,7 @@ def bootstrap_start(
     model: Annotated[str, typer.Option("--model", envvar="SWARM_MODEL", help="Folder or hub id of the base model.")],
     revision: Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")] = None,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 31330,
+    port: Port = 31330,
     announce: Announce = None,
     peer: Annotated[list[str] | None, typer.Option("--peer", help="Multiaddr of another bootstrap node.")] = None,
     data_dir: DataDirOption = None,
@@ -72,7 +72,7 @@ def node_start(
     ] = "",
     blocks: Annotated[str, typer.Option(help="START:END; empty: the span the swarm needs most that fits.")] = "",
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 0,
+    port: Port = 0,
     announce: Announce = None,
     threads: Threads = 0,
     data_dir: DataDirOption = None,
@@ -82,6 +82,8 @@ def node_start(
     """Load a span of blocks and serve it until stopped."""
 
     async def main() -> None:
+        info = parse_join(join)
+
         import torch
 
         from node.main import NodeSettings, run_node
@@ -92,12 +94,12 @@ def node_start(
         if threads:
             torch.set_num_threads(threads)
         settings = NodeSettings(
-            join=parse_join(join),
+            join=info,
             data_dir=data_dir or default_data_dir("node"),
             model=model or "",
             device=device,
             dtype=dtype,
-            memory_bytes=parse_bytes(vram) if vram else 0,
+            memory_bytes=parse_bytes(vram) if vram else None,
             blocks=blocks,
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
         )
@@ -116,7 +118,7 @@ def coordinator_start(
     join: Join,
     model: Model = None,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 31340,
+    port: Port = 31340,
     announce_host: Annotated[str, typer.Option(help="Host name or address that volunteers dial.")] = "",
     data_dir: DataDirOption = None,
     join_file: JoinFile = None,
@@ -126,10 +128,12 @@ def coordinator_start(
     """Serve fine-tuning jobs of a swarm and print the join string that names this coordinator."""
 
     async def main() -> None:
+        info = parse_join(join)
+
         from coordinator.main import CoordinatorStart, run_coordinator
 
         settings = CoordinatorStart(
-            join=parse_join(join),
+            join=info,
             data_dir=data_dir or default_data_dir("coordinator"),
             model=model or "",
             host=host,
@@ -137,8 +141,8 @@ def coordinator_start(
             announce_host=announce_host,
         )
 
-        def ready(info: JoinInfo) -> None:
-            text = info.encode()
+        def ready(named: JoinInfo) -> None:
+            text = named.encode()
             write_join_file(join_file, text)
             say(json.dumps({"event": "ready", "join": text}) if as_json else text)
 

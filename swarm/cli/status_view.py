@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from swarm.ids import missing_blocks, ranges_text
 from swarm.net.join import JoinInfo
 
 if TYPE_CHECKING:
-    from swarm.client.session import SwarmClient
+    from swarm.net.p2p import Peer
 
 
 class NodeRow(TypedDict):
@@ -50,19 +49,18 @@ class Status(TypedDict):
     jobs: list[JobRow]
 
 
-async def collect(client: SwarmClient, join: JoinInfo, identity_path: Path) -> Status:
+async def collect(peer: Peer, join: JoinInfo, n_blocks: int) -> Status:
     """Ask the DHT and, if the join string names one, the coordinator; its absence is a state, not a failure."""
     from swarm.client.coordinator import CoordinatorClient
-    from swarm.identity import Identity
+    from swarm.net.discovery import snapshot
 
-    view = await client.view()
+    view = await snapshot(peer, join.model_hash)
     doing: dict[str, str] = {}
     jobs: list[JobRow] = []
     coordinator = "none"
     if join.coordinator:
         try:
-            identity = Identity.load_or_create(identity_path)
-            calls = await CoordinatorClient.connect(join.coordinator, join.tls_fingerprint, identity)
+            calls = await CoordinatorClient.connect(join.coordinator, join.tls_fingerprint, peer.identity)
             try:
                 reply = await calls.list_jobs()
             finally:
@@ -89,8 +87,8 @@ async def collect(client: SwarmClient, join: JoinInfo, identity_path: Path) -> S
     return Status(
         model=join.model,
         revision=join.revision,
-        blocks=client.n_blocks,
-        missing_blocks=missing_blocks(serving, client.n_blocks),
+        blocks=n_blocks,
+        missing_blocks=missing_blocks(serving, n_blocks),
         nodes=nodes,
         adapters=[AdapterRow(name=a.name, round=a.round, holders=len(a.holders)) for a in view.adapters],
         coordinator=coordinator,

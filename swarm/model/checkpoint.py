@@ -3,8 +3,8 @@
 Reads a Hugging Face checkpoint folder or hub id. Only JSON files and safetensors headers are read
 until `load` asks for tensors by name; on the hub only the files that hold them are downloaded
 (`HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are honoured by huggingface_hub). Nothing is ever
-unpickled and no code of a checkpoint is run. transformers is imported when it is first needed:
-that takes longer than everything else a command such as `swarm status` does.
+unpickled and no code of a checkpoint is run. transformers and huggingface_hub are imported when
+they are first needed: that takes longer than all else that `swarm status` does.
 
 `model_hash` is the SHA-256 of the configuration, every tensor's name, dtype and shape, and the first
 bytes of each of a fixed sample of tensors: any process computes it without reading the weights,
@@ -16,23 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
-from huggingface_hub.utils import httpx  # what it raises when nobody answers, under one name across its versions
 from safetensors import SafetensorError, safe_open
 
 from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, UnsupportedModel
@@ -40,7 +30,6 @@ from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, UnsupportedM
 _MAX_HEADER_BYTES = 64 * 1024 * 1024
 _SAMPLED_TENSORS = 64
 _SAMPLED_BYTES = 64
-_HUB_TIMEOUT_S = 10.0
 _VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 
@@ -73,6 +62,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """The configuration as transformers reads it. Raises UnsupportedModel."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
@@ -111,18 +101,10 @@ class Checkpoint:
 
     @classmethod
     def _open_hub(cls, model: str, revision: str | None) -> Checkpoint:
-        with _asking_hub(model):
-            api = HfApi()
-            commit = api.model_info(model, revision=revision, timeout=_HUB_TIMEOUT_S).sha
-            config_path = Path(hf_hub_download(model, "config.json", revision=commit))
-            metadata = api.get_safetensors_metadata(model, revision=commit)
-        tensors = {}
-        for file, header in metadata.files_metadata.items():
-            for name, info in header.tensors.items():
-                start, end = info.data_offsets
-                # Offsets count from the end of the header, whose length this API does not tell.
-                tensors[name] = TensorEntry(file, info.dtype, tuple(info.shape), start, end - start)
-        return cls(model, str(commit), None, config_path, tensors)
+        from swarm.model import hub
+
+        commit, config_path, tensors = hub.look_up(model, revision)
+        return cls(model, commit, None, config_path, tensors)
 
     def _fingerprint(self) -> bytes:
         digest = hashlib.sha256(b"swarm-model-v1")
@@ -143,11 +125,9 @@ class Checkpoint:
             with (self._folder / entry.file).open("rb") as file:
                 file.seek(entry.offset)
                 return file.read(length)
-        with _asking_hub(self.name):
-            hub = HfFileSystem()
-            path = f"{self.name}@{self.revision}/{entry.file}"
-            data_start = 8 + struct.unpack("<Q", hub.cat_file(path, start=0, end=8))[0]
-            return bytes(hub.cat_file(path, start=data_start + entry.offset, end=data_start + entry.offset + length))
+        from swarm.model import hub
+
+        return hub.first_bytes(self.name, self.revision, entry, length)
 
     def load(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
         """Read tensors by name. Raises UnsupportedModel (a name is missing), ModelNotFound (the hub), CorruptData."""
@@ -162,8 +142,9 @@ class Checkpoint:
             if self._folder is not None:
                 path = self._folder / file
             else:
-                with _asking_hub(self.name):
-                    path = Path(hf_hub_download(self.name, file, revision=self.revision))
+                from swarm.model import hub
+
+                path = hub.download(self.name, self.revision, file)
             try:
                 with safe_open(str(path), framework="pt") as reader:
                     for name in wanted:
@@ -189,6 +170,11 @@ def open_for(model: str, revision: str, model_hash: bytes, override: str = "") -
 
     Raises ModelNotFound, and ModelMismatch if what is found is another model or revision.
     """
+    if revision == "local" and not override and not Path(model).is_dir():
+        raise ModelNotFound(
+            f"the swarm's model is the folder {model}, which is not on this machine",
+            "copy the checkpoint here and name its folder with --model",
+        )
     checkpoint = Checkpoint.open(override or model, None if revision == "local" else revision)
     if checkpoint.model_hash != model_hash:
         raise ModelMismatch(
@@ -196,20 +182,6 @@ def open_for(model: str, revision: str, model_hash: bytes, override: str = "") -
             f" but the swarm runs {model} with {model_hash.hex()[:12]}"
         )
     return checkpoint
-
-
-@contextmanager
-def _asking_hub(model: str) -> Iterator[None]:
-    """Name what the hub says, or that it says nothing."""
-    try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
-        raise ModelNotFound(f"'{model}' is neither a folder nor a model on the hub") from error
-    except (httpx.HTTPError, OSError) as error:
-        raise ModelNotFound(
-            f"'{model}' is not a folder, and the hub does not give it: {' '.join(str(error).split())}",
-            "give a checkpoint folder, or check the network, HF_ENDPOINT and HF_TOKEN",
-        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

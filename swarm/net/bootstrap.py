@@ -32,6 +32,7 @@ class BootstrapSettings:
 async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo], None]) -> None:
     """Serve until cancelled. Raises any SwarmError of starting up or of libp2p; nothing is left running then."""
     checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model, settings.revision)
+    _ = checkpoint.config  # a model that no node could read is refused here
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))
         identity = Identity.load_or_create(data_dir.path / "identity.key")

@@ -62,8 +62,11 @@ def parse_join(text: str) -> JoinInfo:
     if text.startswith("@"):
         try:
             text = Path(text[1:]).read_text()
-        except OSError as error:
-            raise JoinStringError(f"cannot read the join file {text[1:]}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise JoinStringError(
+                f"cannot read the join file {text[1:]}: {reason}", "give @FILE with a file that --join-file wrote"
+            ) from error
     text = text.strip()
     if not text.startswith(PREFIX) or len(text) > _MAX_CHARS:
         raise JoinStringError("that is not a join string")

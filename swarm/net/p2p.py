@@ -170,6 +170,9 @@ class Peer:
                 log.warning("stream_ended", protocol=protocol, peer=stream.peer, error=str(error))
             except asyncio.CancelledError:
                 pass  # stop(): the daemon is going away
+            except Exception:
+                # A bug in one stream must not take the others with it; the other side sees its stream end.
+                log.exception("stream_failed", protocol=protocol, peer=stream.peer)
             finally:
                 self._handlers.discard(task)
                 stream.close()
