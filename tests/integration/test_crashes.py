@@ -79,11 +79,16 @@ def test_coordinator_killed_in_each_state_of_a_round(smollm2: Path, tmp_path: Pa
                 coordinator = start_dying(swarm, port, mark)
             status = wait_finished(swarm, "crash")
             hashes[len(deaths)] = [entry["params_hash"] for entry in status["history"]]
-            assert len([e for e in node.log_events() if e.get("event") == "settled"]) == ROUNDS
+            node.wait_log("settled", round=ROUNDS)
+            assert settled_rounds(node) == list(range(1, ROUNDS + 1))
             accepted = accepted_positions(swarm.root / "coordinator")
             assert accepted == list(range(ROUNDS * 2))
     # The same bytes after every round: nothing acknowledged was lost, nothing was applied twice.
     assert hashes[len(DEATHS)] == hashes[0]
+
+
+def settled_rounds(node: Process) -> list[int]:
+    return [entry["round"] for entry in node.log_events() if entry.get("event") == "settled"]
 
 
 def accepted_positions(data_dir: Path) -> list[int]:
@@ -107,8 +112,8 @@ def test_node_killed_in_the_middle_of_a_round(smollm2: Path, tmp_path: Path, vic
         by_name[victim].kill()
         status = wait_finished(swarm, "survivor")
         assert [entry["round"] for entry in status["history"] if entry["phase"] == "committed"][-2:] == [1, 2]
-        assert [e["round"] for e in by_name["whole"].log_events() if e.get("event") == "settled"] == [1, 2]
-        # 2 rounds of the surviving pipeline alone: what the broken one had leased was not counted.
-        assert len(set(accepted_positions(swarm.root / "coordinator"))) == len(
-            accepted_positions(swarm.root / "coordinator")
-        )
+        by_name["whole"].wait_log("settled", round=2)
+        assert settled_rounds(by_name["whole"]) == [1, 2]
+        # What the broken pipeline had leased was not counted, and nothing was counted twice.
+        accepted = accepted_positions(swarm.root / "coordinator")
+        assert len(accepted) == len(set(accepted)) == 2 * 4 * 2

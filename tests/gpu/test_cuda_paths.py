@@ -1,0 +1,85 @@
+"""Serving and a training step on a CUDA device: close to the CPU in float32, finite and sane in bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from node.lead import label_loss
+from node.main import pick_device, pick_dtype
+from node.memory import Ledger, default_budget
+from node.serving import NodeModel
+from node.stage import AdapterStage
+from swarm.config import JobSpec
+from swarm.errors import OutOfMemory
+from swarm.ids import Span
+from swarm.model.checkpoint import Checkpoint
+from swarm.model.shard import Head
+from swarm.wire.tensors import pack, unpack
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SPEC = JobSpec.model_validate({"name": "gpu", "data": {"train": "-"}})
+
+
+def node_model(folder: Path, device: torch.device, dtype: torch.dtype, budget: int = 2**40) -> NodeModel:
+    return NodeModel(Checkpoint.open(str(folder)), Span(0, 4), dtype, device, Ledger(budget))
+
+
+def test_defaults_are_the_card_and_bfloat16() -> None:
+    device = pick_device("auto")
+    assert device.type == "cuda"
+    assert pick_dtype("auto", device) is torch.bfloat16
+    assert default_budget(device) > 0
+
+
+def test_cached_forward_is_close_to_the_cpu(smollm2: Path) -> None:
+    hidden = torch.randn(1, 12, 576, generator=torch.Generator().manual_seed(1)) * 0.1
+    outputs = []
+    for device in (CPU, CUDA):
+        view = node_model(smollm2, device, torch.float32).view(Span(0, 4))
+        cache = view.new_cache()
+        with torch.inference_mode():
+            first = view.forward(hidden[:, :8].to(device), 0, cache)
+            rest = view.forward(hidden[:, 8:].to(device), 8, cache)
+        outputs.append(torch.cat([first, rest], dim=1).cpu())
+    assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.15)])
+def test_a_training_step_is_close_to_the_cpu(smollm2: Path, dtype: torch.dtype, tolerance: float) -> None:
+    labels = torch.full((2, 10), -100)
+    labels[:, 6:] = torch.randint(0, 1000, (2, 4), generator=torch.Generator().manual_seed(2))
+    moved = []
+    for device, kind in ((CPU, torch.float32), (CUDA, dtype)):
+        model = node_model(smollm2, device, kind)
+        stage = AdapterStage(model, Span(0, 4), SPEC, Ledger(2**40), "job")
+        head = Head(model.checkpoint, kind, device)
+        start = model.adapters.initial_span(SPEC.method, 0, Span(0, 4))
+        stage.reset(start)
+        ids = torch.randint(0, 40_000, (2, 10), generator=torch.Generator().manual_seed(3))
+        output = stage.forward(0, head.embed(ids).detach(), input_grad=True)
+        loss, grad = label_loss(head, output, labels)
+        assert np.isfinite(loss)
+        assert stage.backward(0, grad) is not None
+        gradient = {key: p.grad.float().cpu() for key, p in stage.parameters.items() if p.grad is not None}
+        moved.append(torch.cat([gradient[key].flatten() for key in sorted(gradient) if key.endswith("lora_B")]))
+        stage.step(1e-3)
+        arrays, steps = stage.moments()
+        assert steps == 1
+        stage.set_moments(arrays, steps)
+        stage.step(1e-3)
+    assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < tolerance
+
+
+def test_tensors_go_to_the_wire_and_back(smollm2: Path) -> None:
+    tensor = torch.randn(2, 3, 576, device=CUDA, dtype=torch.bfloat16)
+    meta, payload = pack(tensor, "bfloat16")
+    assert torch.equal(unpack(meta, payload, torch.bfloat16, CUDA), tensor)
+
+
+def test_too_little_memory_is_a_typed_error(smollm2: Path) -> None:
+    with pytest.raises(OutOfMemory, match="--blocks|weights"):
+        node_model(smollm2, CUDA, torch.float32, budget=2**20)
