@@ -74,7 +74,7 @@ class LeadLoop:
             began = time.monotonic()
             batch = self._batch(ranges, step)
             lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
-            loss = await self._inner_step(batch, chain, lr)
+            loss = await self.inner_step(batch, chain, lr)
             tokens += batch.tokens
             loss_sum += loss
             elapsed_s = time.monotonic() - began
@@ -122,7 +122,8 @@ class LeadLoop:
         inner = self._spec.inner
         return inner.lr * min(1.0, (step + 1) / (inner.warmup_steps + 1))
 
-    async def _inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:
+    async def inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:
+        """Forward, loss, backward and one optimizer step of every stage; returns the batch's loss."""
         run, stage, head = self._compute.run, self._stage, self._head
         hidden = await run(Priority.TRAIN, lambda: head.embed(batch.input_ids_BT).detach())
         stage.admit(tuple(hidden.shape), 0)

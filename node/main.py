@@ -93,7 +93,9 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
     wanted = Span.parse(settings.blocks, total) if settings.blocks else None
     capacity = fitting_blocks(checkpoint, dtype, ledger.budget_bytes)
     if wanted is None and capacity < 1:
-        raise OutOfMemory(f"not one block fits into {ledger.budget_bytes >> 20} MiB")
+        raise OutOfMemory(
+            f"not one block fits into {ledger.budget_bytes >> 20} MiB", "raise --vram, or use a narrower --dtype"
+        )
     traffic = Traffic()
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))

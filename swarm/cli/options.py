@@ -32,6 +32,7 @@ Announce = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", envvar="SWARM_MODEL", help="Folder or hub id of the weights on this machine.")
 ]
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "auto")
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads torch may use; 0: its own choice.")]
 

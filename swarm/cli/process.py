@@ -34,6 +34,7 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], *, role: str, log_level: str
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions
     stopped_by: list[signal.Signals] = []
 
     async def supervised() -> T:

@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from swarm.cli.options import DataDirOption, Dtype, Join, Json, LogLevel, Model, Threads, one_of
+from swarm.cli.options import DTYPE_NAMES, DataDirOption, Dtype, Join, Json, LogLevel, Model, Threads, one_of
 from swarm.cli.process import run, say
 from swarm.datadir import default_data_dir
 from swarm.errors import InputError
@@ -48,7 +48,7 @@ def generate(
 
         # What was typed is checked before anything is loaded, and before the swarm is asked.
         info = parse_join(join)
-        one_of("--dtype", dtype, ("float32", "bfloat16", "float16", "auto"))
+        one_of("--dtype", dtype, DTYPE_NAMES)
         one_of("--activations", activations, get_args(ActivationEncoding))
         if any("\ud800" <= char <= "\udfff" for char in prompt):
             raise InputError("the prompt is not UTF-8", "call swarm from a UTF-8 terminal or script")

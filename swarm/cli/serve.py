@@ -7,9 +7,24 @@ from typing import Annotated
 
 import typer
 
-from swarm.cli.options import Announce, DataDirOption, Dtype, Host, Join, JoinFile, Json, LogLevel, Model, Port, Threads
+from swarm.cli.options import (
+    DTYPE_NAMES,
+    Announce,
+    DataDirOption,
+    Dtype,
+    Host,
+    Join,
+    JoinFile,
+    Json,
+    LogLevel,
+    Model,
+    Port,
+    Threads,
+    one_of,
+)
 from swarm.cli.process import run, say, write_join_file
 from swarm.datadir import default_data_dir
+from swarm.ids import Span
 from swarm.net.join import JoinInfo, parse_join
 
 bootstrap_app = typer.Typer(help="The DHT and relay node that join strings name.", no_args_is_help=True)
@@ -82,13 +97,19 @@ def node_start(
     """Load a span of blocks and serve it until stopped."""
 
     async def main() -> None:
+        # What was typed is checked before anything heavy is imported.
         info = parse_join(join)
+        one_of("--dtype", dtype, DTYPE_NAMES)
+        if blocks:
+            Span.parse(blocks)
 
         import torch
 
-        from node.main import NodeSettings, run_node
         from node.memory import parse_bytes
-        from swarm.ids import Span
+
+        memory_bytes = parse_bytes(vram) if vram else None
+
+        from node.main import NodeSettings, run_node
         from swarm.net.p2p import PeerSettings
 
         if threads:
@@ -99,7 +120,7 @@ def node_start(
             model=model or "",
             device=device,
             dtype=dtype,
-            memory_bytes=parse_bytes(vram) if vram else None,
+            memory_bytes=memory_bytes,
             blocks=blocks,
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
         )

@@ -68,7 +68,8 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(str(self._config_path.parent))
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise UnsupportedModel(f"cannot use the configuration {self._config_path}: {error}") from error
+            reason = str(error).split("\n", 1)[0]  # what follows is advice about transformers
+            raise UnsupportedModel(f"cannot use the configuration {self._config_path}: {reason}") from error
 
     @property
     def n_blocks(self) -> int:

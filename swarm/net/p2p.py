@@ -96,6 +96,8 @@ class Peer:
         if settings.port and not settings.client_only:
             _check_port(settings.host, settings.port)
         listen = f"/ip4/{settings.host}/tcp/{settings.port}"
+        if bootstrap:
+            log.info("joining", bootstrap=list(bootstrap))
         async with AsyncExitStack() as starting:
             try:
                 async with asyncio.timeout(settings.join_timeout_s):

@@ -81,5 +81,5 @@ def test_tensors_go_to_the_wire_and_back(smollm2: Path) -> None:
 
 
 def test_too_little_memory_is_a_typed_error(smollm2: Path) -> None:
-    with pytest.raises(OutOfMemory, match="--blocks|weights"):
+    with pytest.raises(OutOfMemory, match=r"--blocks|weights"):
         node_model(smollm2, CUDA, torch.float32, budget=2**20)
