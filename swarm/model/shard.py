@@ -24,7 +24,6 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from swarm.errors import OutOfMemory, UnsupportedModel
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
-from swarm.model.hugepages import in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class Shard:
             loaded = self.checkpoint.load(names.values(), self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"blocks {self.span} do not fit on {self.device}") from error
-        frozen = {local: loaded[name] for local, name in names.items()}
-        return in_huge_pages(frozen) if self.device.type == "cpu" else frozen
+        return {local: loaded[name] for local, name in names.items()}
 
     @property
     def weight_bytes(self) -> int:

@@ -74,6 +74,10 @@ async def _end(daemon: Any) -> None:
     except TimeoutError:
         daemon._child.kill()
         await daemon._child.wait()
+    if daemon._client is not None:
+        # A daemon that died broke the connection to it: that is known, and not worth a traceback.
+        control = daemon._client.control
+        await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
 
 
 def ended(daemon: Any) -> bool:
