@@ -256,12 +256,20 @@ class ChainSession:
             received = await self._downstream.receive()
             if received is None:
                 if self._last:
-                    return  # the opener closed its end: the session is over
+                    # The opener closed its end. Said upstream, so that this clean end, which may overtake
+                    # the opener's own Close, is not taken for a hop that went away.
+                    with suppress(SwarmError):
+                        await self._upstream.send(pb.Frame(close=pb.Close()))
+                    return
                 raise lost_hop(self._hops[self._request.index + 1])
             frame, payload = received
             kind = frame.WhichOneof("kind")
             if kind == "backward":
                 await self._backward(frame.backward, payload)
+            elif kind == "close":
+                with suppress(SwarmError):
+                    await self._upstream.send(frame)
+                return
             elif kind == "error":
                 raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
             else:

@@ -223,6 +223,8 @@ class Chain:
             number = frame.end_round.round
         elif kind == "error":
             raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
+        elif kind == "close":
+            raise PeerLost(f"the chain {self._route()} lost its way back to here")
         else:
             raise ProtocolError(f"unexpected frame '{kind}' from a chain")
         answer = self._waiting.get((kind, number))
