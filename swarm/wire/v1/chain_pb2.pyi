@@ -350,6 +350,8 @@ Global___EndRound: _TypeAlias = EndRound  # noqa: Y015
 
 @_typing.final
 class Close(_message.Message):
+    """The end of a session: from the opener down the chain, or from the last hop up when the opener left."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
