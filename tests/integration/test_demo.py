@@ -45,9 +45,9 @@ async def test_the_summary_is_complete_and_peft_gives_the_same_numbers(smollm2: 
     assert summary["ddp_bf16_bytes"] == 2 * 4 * summary["trainable_parameters"] * 2
     assert summary["saving"] == pytest.approx(summary["ddp_bf16_bytes"] / summary["contribution_bytes"], abs=0.1)
     assert summary["activation_bytes"] > 0
-    # Every node and every round at about one bit a parameter, and nothing beside it that matters.
+    # Every node and every round at one bit a parameter or a little less (bits are entropy coded).
     parameters = summary["trainable_parameters"]
-    assert 1.0 <= summary["contribution_bytes"] * 8 / (parameters * 2 * 2) <= 1.1
+    assert 0.8 <= summary["contribution_bytes"] * 8 / (parameters * 2 * 2) <= 1.1
 
     questions = [
         Question(tuple(review_chat(sample.text)), CHOICES, CHOICES.index(sample.label))
