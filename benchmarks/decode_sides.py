@@ -19,6 +19,7 @@ import torch
 import uvloop
 
 from benchmarks.processes import Json, answer
+from swarm.logs import configure
 from swarm.samples import smollm2_folder
 
 PROMPT = "Tell me a story about the keeper of a lighthouse."
@@ -113,6 +114,7 @@ async def swarm(join: str, folder: Path) -> None:
 
 def main() -> None:
     side, threads, *rest = sys.argv[1:]
+    configure("info", role=side)  # stdout belongs to the answers
     torch.set_num_threads(int(threads))
     if side == "local":
         asyncio.run(local())

@@ -5,10 +5,11 @@
     python -m benchmarks.train_sides lead THREADS FOLDER STAGE
     python -m benchmarks.train_sides stage THREADS FOLDER
 
-Asked for `{"first", "steps"}`, a side takes so many optimizer steps, starting with batch `first` of the
-same film reviews, and answers with their losses and `seconds`. All start from the same adapter
-values and run the node's own code but for the coordinator's part: no round, no lease, no
-contribution. STAGE is the JSON line that `stage`, the second half of the pipeline, says when ready.
+Asked for `{"first", "steps", "activations"}`, a side takes so many optimizer steps, starting with batch
+`first` of the same film reviews, and answers with their losses and `seconds`; `activations` is how they
+cross the pipeline's link. All start from the same adapter values and run the node's own code but for
+the coordinator's part: no round, no lease, no contribution. STAGE is the JSON line that `stage`, the
+second half of the pipeline, says when ready.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from swarm.data.dataset import ChatDataset
 from swarm.errors import AdapterNotFound
 from swarm.identity import Identity
 from swarm.ids import Span
+from swarm.logs import configure
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.shard import Head
 from swarm.net.chain import Chain, TrainingBinding
@@ -51,7 +53,7 @@ from swarm.samples import movie_sentences, review_chat, smollm2_folder
 from swarm.wire.v1 import chain_pb2 as pb
 
 SPEC = JobSpec(name="benchmark", data=DataSettings(train=Path("reviews.jsonl")), schedule=Schedule(batch_size=8))
-"""LoRA r 8 on every linear layer, AdamW; activations cross the link at 8 bits: a job's defaults."""
+"""LoRA r 8 on every linear layer, AdamW: a job's defaults."""
 LEAD, STAGE = Span(0, 15), Span(15, 30)
 WHOLE = Span(0, 30)
 _CPU = torch.device("cpu")
@@ -125,18 +127,25 @@ class Node:
         self.ledger = ledger
         self.compute = Compute()
 
-    async def lead(self, chain: Chain | None, progress: Progress) -> None:
+    async def lead(self, chain_at: Callable[[str], Awaitable[Chain | None]]) -> None:
+        """Answer with the lead's inner steps over `chain_at(activations)`."""
         head = Head(self.checkpoint, torch.float32, _CPU)
         no_data = ChatDataset((), b"", "the benchmark")  # batches are handed to the loop one by one
-        loop = LeadLoop(SPEC, no_data, self.tokenizer, head, self.stage, self.compute, progress)
-        await answer(
-            lambda request: take_steps(request, self.tokenizer, lambda b: loop.inner_step(b, chain, SPEC.inner.lr))
-        )
+        loop = LeadLoop(SPEC, no_data, self.tokenizer, head, self.stage, self.compute, Progress())
+
+        async def run(request: Json) -> Json:
+            chain = await chain_at(str(request["activations"]))
+            return await take_steps(request, self.tokenizer, lambda b: loop.inner_step(b, chain, SPEC.inner.lr))
+
+        await answer(run)
         self.compute.stop()
 
 
 async def alone() -> None:
-    await Node(WHOLE).lead(None, Progress())
+    async def no_chain(_: str) -> None:
+        pass
+
+    await Node(WHOLE).lead(no_chain)
 
 
 @asynccontextmanager
@@ -151,17 +160,24 @@ async def peer_of(folder: Path, name: str) -> AsyncIterator[Peer]:
 async def lead(folder: Path, stage: Json) -> None:
     async with peer_of(folder, "lead") as peer:
         node = Node(LEAD)
-        chain = await Chain.open(
-            peer,
-            [Hop(peer.peer_id, LEAD, peer.addrs), Hop(stage["peer"], STAGE, tuple(stage["addrs"]))],
-            pb.MODE_TRAIN,
-            node.checkpoint.model_hash,
-            first=1,
-            training=TrainingBinding("benchmark", 0, 0),
-            encoding=SPEC.activations,
-        )
-        await node.lead(chain, Progress())
-        await chain.close()
+        chains: dict[str, Chain] = {}
+
+        async def chain_at(activations: str) -> Chain:
+            if activations not in chains:
+                chains[activations] = await Chain.open(
+                    peer,
+                    [Hop(peer.peer_id, LEAD, peer.addrs), Hop(stage["peer"], STAGE, tuple(stage["addrs"]))],
+                    pb.MODE_TRAIN,
+                    node.checkpoint.model_hash,
+                    first=1,
+                    training=TrainingBinding("benchmark", 0, 0),
+                    encoding=activations,
+                )
+            return chains[activations]
+
+        await node.lead(chain_at)
+        for chain in chains.values():
+            await chain.close()
 
 
 class Gate:
@@ -208,22 +224,20 @@ class NoAdapters:
 async def stage(folder: Path) -> None:
     async with peer_of(folder, "stage") as peer:
         node = Node(STAGE)
-        sent = [0]
-
-        def count(size: int) -> None:
-            sent[0] += size
-
-        server = ChainServer(peer, node.compute, node.model, node.ledger, NoAdapters(), Gate(node.stage), count)
+        gate = Gate(node.stage)
+        server = ChainServer(peer, node.compute, node.model, node.ledger, NoAdapters(), gate, lambda _: None)
         await server.start()
 
-        async def bytes_so_far(_: Json) -> Json:
-            return {"sent_bytes": sent[0]}
+        async def nothing(_: Json) -> Json:
+            return {}
 
-        await answer(bytes_so_far, peer=peer.peer_id, addrs=peer.addrs)
+        await answer(nothing, peer=peer.peer_id, addrs=peer.addrs)
+        node.compute.stop()
 
 
 def main() -> None:
     side, threads, *rest = sys.argv[1:]
+    configure("info", role=side)  # stdout belongs to the answers
     torch.set_num_threads(int(threads))
     if side == "local":
         asyncio.run(local())

@@ -7,9 +7,10 @@ blocks each, in two processes that speak over real libp2p. The three take turns,
 every round, with the same batches; ratios are medians over the rounds of neighbours in time.
 Below 1 the swarm is faster.
 
-`loss_gap` is how far the losses of the same step lie apart, at most and relative to the local one: the
-node alone must agree to rounding, the pipeline to what 8-bit activations do. The exit status is
-1 if they do not.
+The warm-up round sends the pipeline's activations as float32: there, and alone always, the losses of the
+swarm must be the local ones up to rounding, and the exit status is 1 if they are not. The rounds
+that count send them as jobs do unless told (`--activations`); `loss_gap` is the largest relative
+difference of a step's loss from the local one, so for the pipeline what the encoding does to training.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from benchmarks.processes import Side, cpu_seconds, sent_bytes
 from benchmarks.provenance import provenance, publish, spread
 
 WAYS = ("local", "alone", "pipeline")
-ALLOWED_LOSS_GAP = {"alone": 1e-4, "pipeline": 2e-2}
+ROUNDING = 1e-4
+"""Relative difference of two losses that were summed in another order."""
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=2)] = 6,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps a round and side.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps a round and side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, in every process.")] = 1,
+    activations: Annotated[str, typer.Option(help="How they cross the pipeline's link.")] = "int8",
     json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
 ) -> None:
@@ -49,13 +52,13 @@ def main(
         lead = start("lead", passive, str(folder), json.dumps(stage.hear()))
         for side in (local, alone, lead):
             side.hear()
-        result = _measure({"local": [local], "alone": [alone], "pipeline": [lead, stage]}, rounds, steps)
+        result = _measure({"local": [local], "alone": [alone], "pipeline": [lead, stage]}, rounds, steps, activations)
     publish("train_step", result, origin, json_to, save)
     if not result["losses_agree"]:
         raise typer.Exit(1)
 
 
-def _measure(sides: dict[str, list[Side]], rounds: int, steps: int) -> dict[str, object]:
+def _measure(sides: dict[str, list[Side]], rounds: int, steps: int, activations: str) -> dict[str, object]:
     """Let each way's first side train, round by round; all of a way's sides count as its cost."""
     families = {way: [process for side in members for process in side.family()] for way, members in sides.items()}
     step_s: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -66,7 +69,8 @@ def _measure(sides: dict[str, list[Side]], rounds: int, steps: int) -> dict[str,
         for place in range(len(WAYS)):
             way = WAYS[(turn + place) % len(WAYS)]
             cpu_before, sent_before = cpu_seconds(families[way]), sent_bytes(families[way])
-            reply = sides[way][0].ask({"first": turn * steps, "steps": steps})
+            encoding = activations if turn else "float32"
+            reply = sides[way][0].ask({"first": turn * steps, "steps": steps, "activations": encoding})
             losses[way] += reply["losses"]
             if turn == 0:
                 continue  # warm-up
@@ -83,14 +87,16 @@ def _measure(sides: dict[str, list[Side]], rounds: int, steps: int) -> dict[str,
         way: spread([mine / plain for mine, plain in zip(cpu_s[way], cpu_s["local"], strict=True)]) for way in WAYS[1:]
     }
     gaps = {
-        way: max(abs(mine / plain - 1) for mine, plain in zip(losses[way], losses["local"], strict=True))
+        way: [abs(mine / plain - 1) for mine, plain in zip(losses[way], losses["local"], strict=True)]
         for way in WAYS[1:]
     }
     return {
         "ratio_time": ratios["alone"].median,
         "pipeline_ratio_time": ratios["pipeline"].median,
-        "losses_agree": all(gap <= ALLOWED_LOSS_GAP[way] for way, gap in gaps.items()),
-        "loss_gap": {way: float(f"{gap:.2g}") for way, gap in gaps.items()},
+        "losses_agree": max(gaps["alone"] + gaps["pipeline"][:steps]) <= ROUNDING,
+        "activations": activations,
+        "loss_gap": {way: float(f"{max(gap[steps:]):.2g}") for way, gap in gaps.items()},
+        "last_loss": {way: round(losses[way][-1], 5) for way in WAYS},
         "ratio_spread": ratios["alone"],
         "pipeline_ratio_spread": ratios["pipeline"],
         "local_step_s": spread(step_s["local"]),

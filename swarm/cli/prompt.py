@@ -50,18 +50,22 @@ def generate(
         info = parse_join(join)
         one_of("--dtype", dtype, DTYPE_NAMES)
         one_of("--activations", activations, get_args(ActivationEncoding))
+        if not prompt:
+            raise InputError("the prompt is empty")
         if any("\ud800" <= char <= "\udfff" for char in prompt):
             raise InputError("the prompt is not UTF-8", "call swarm from a UTF-8 terminal or script")
 
         import torch
 
         from swarm.client.sampling import Sampling
+
+        sampling = Sampling(temperature, top_p, top_k, seed)
+
         from swarm.client.session import SwarmClient
         from swarm.model.checkpoint import open_for
 
         if threads:
             torch.set_num_threads(threads)
-        sampling = Sampling(temperature, top_p, top_k, seed)
         client = SwarmClient(
             info,
             open_for(info.model, info.revision, info.model_hash, model or ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Annotated
 
@@ -55,12 +56,16 @@ def bootstrap_start(
     """Start a swarm for one base model and print its join string."""
 
     async def main() -> None:
+        from swarm.model.checkpoint import Checkpoint
+
+        # A model that is not there is known before libp2p and torch are imported.
+        checkpoint = await asyncio.to_thread(Checkpoint.open, model, revision)
+
         from swarm.net.bootstrap import BootstrapSettings, run_bootstrap
         from swarm.net.p2p import PeerSettings
 
         settings = BootstrapSettings(
-            model=model,
-            revision=revision,
+            checkpoint=checkpoint,
             data_dir=data_dir or default_data_dir("bootstrap"),
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
             others=tuple(peer or ()),

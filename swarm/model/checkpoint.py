@@ -3,8 +3,9 @@
 Reads a Hugging Face checkpoint folder or hub id. Only JSON files and safetensors headers are read
 until `load` asks for tensors by name; on the hub only the files that hold them are downloaded
 (`HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` are honoured by huggingface_hub). Nothing is ever
-unpickled and no code of a checkpoint is run. transformers and huggingface_hub are imported when
-they are first needed: that takes longer than all else that `swarm status` does.
+unpickled and no code of a checkpoint is run. torch, transformers and huggingface_hub are imported
+when they are first needed: a model that is not there is refused in a moment, and `swarm status`
+needs only the hash.
 
 `model_hash` is the SHA-256 of the configuration, every tensor's name, dtype and shape, and the first
 bytes of each of a fixed sample of tensors: any process computes it without reading the weights,
@@ -20,12 +21,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_HEADER_BYTES = 64 * 1024 * 1024
 _SAMPLED_TENSORS = 64

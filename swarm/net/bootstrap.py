@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class BootstrapSettings:
-    model: str
-    revision: str | None
+    checkpoint: Checkpoint
     data_dir: Path
     peer: PeerSettings
     others: tuple[str, ...] = ()
@@ -31,7 +29,7 @@ class BootstrapSettings:
 
 async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo], None]) -> None:
     """Serve until cancelled. Raises any SwarmError of starting up or of libp2p; nothing is left running then."""
-    checkpoint = await asyncio.to_thread(Checkpoint.open, settings.model, settings.revision)
+    checkpoint = settings.checkpoint
     _ = checkpoint.config  # a model that no node could read is refused here
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))

@@ -138,11 +138,12 @@ class Chain:
     async def forward(self, hidden_BTD: torch.Tensor, position: int = 0) -> tuple[int, torch.Tensor]:
         """Push hidden states through all hops. Returns the step's number (for `backward`) and the output."""
         self._seq += 1
+        seq = self._seq  # its own: another call may come while this one waits
         meta, payload = pack(hidden_BTD, self._encoding)
-        frame = pb.Frame(forward=pb.Forward(seq=self._seq, position=position, tensor=meta))
-        output = await self._exchange("forward", self._seq, self._inputs, frame, payload)
+        frame = pb.Frame(forward=pb.Forward(seq=seq, position=position, tensor=meta))
+        output = await self._exchange("forward", seq, self._inputs, frame, payload)
         assert output is not None
-        return self._seq, output
+        return seq, output
 
     async def backward(self, seq: int, grad_BTD: torch.Tensor, *, step: bool, lr: float) -> torch.Tensor:
         """Send the gradient of step `seq`'s output; returns that of its input.

@@ -27,6 +27,17 @@ def test_float32_is_exact_and_the_others_are_close(shape: tuple[int, ...], seed:
             assert bool(((back - tensor).abs() <= tensor.abs() * tolerance).all())
 
 
+def test_int8_scales_are_per_group_so_that_an_outlier_harms_its_neighbours_only() -> None:
+    tensor = torch.randn(2, 3, 192, generator=torch.Generator().manual_seed(1))
+    tensor[..., 70] = 500.0
+    meta, payload = pack(tensor, "int8")
+    assert len(payload) == payload_size(meta) == tensor.numel() * (1 + 4 / 64)
+    error = (unpack(meta, payload, torch.float32, CPU) - tensor).abs()
+    assert float(error[..., :64].max()) < 0.02
+    assert float(error[..., 128:].max()) < 0.02
+    assert float(error[..., 64:128].max()) < 2.0
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     meta, payload = pack(torch.zeros(2, 3, 4), "int8")
     assert not unpack(meta, payload, torch.float32, CPU).any()
