@@ -157,10 +157,12 @@ class Session:
             raise ContextTooLong(
                 f"{self._length + len(ids)} tokens are more than the model's context of {self._client.context_length}"
             )
+        # Inference mode belongs to the thread: held over an await it would leak into other tasks.
         with torch.inference_mode():
             hidden = self._client.head.embed(torch.tensor([list(ids)]))
-            _, output = await self._chain.forward(hidden, self._length)
-            self._length += len(ids)
+        _, output = await self._chain.forward(hidden, self._length)
+        self._length += len(ids)
+        with torch.inference_mode():
             return self._client.head.logits(output[:, -1:])[0, 0]
 
     async def generate(
@@ -196,8 +198,9 @@ class Scorer:
     async def hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, D] after the last block, of right-padded token ids [B, T]."""
         with torch.inference_mode():
-            _, hidden = await self._chain.forward(self._client.head.embed(ids_BT))
-            return hidden
+            embedded = self._client.head.embed(ids_BT)
+        _, hidden = await self._chain.forward(embedded)
+        return hidden
 
     async def close(self) -> None:
         await self._chain.close()

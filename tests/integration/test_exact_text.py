@@ -95,6 +95,9 @@ async def test_both_topologies_equal_transformers(
     )
     assert over_one == local_texts
     assert over_two == local_texts
+    # Two sessions took turns in this thread: neither may leave its inference mode behind.
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 async def test_sampling_is_seeded_and_uses_the_distribution(serving_swarm: Swarm, smollm2: Path) -> None:
