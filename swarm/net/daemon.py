@@ -20,6 +20,8 @@ from typing import Any
 
 from hivemind.p2p import P2P
 
+from swarm.errors import StorageError
+
 _LAUNCHER = """
 import ctypes, os, signal, sys
 os.setsid()
@@ -38,10 +40,10 @@ _END_TIMEOUT_S = 5.0
 async def libp2p_daemon(**options: Any) -> AsyncIterator[Any]:
     """Run a daemon with the `options` of hivemind's `P2P.create`; yields the wrapper.
 
-    Raises what `create` raises. However this is left, the daemon has ended and its sockets are gone.
+    Raises what `create` raises, and StorageError. However this is left, the daemon has ended and its
+    sockets are gone.
     """
-    temporary = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="swarm-", dir=temporary if len(temporary) <= _MAX_FOLDER_CHARS else "/tmp")
+    folder = _socket_folder()
     made: list[Any] = []
 
     class Daemon(P2P):  # type: ignore[misc]  # hivemind is untyped
@@ -65,6 +67,14 @@ async def libp2p_daemon(**options: Any) -> AsyncIterator[Any]:
                 await asyncio.shield(_end(daemon))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _socket_folder() -> str:
+    try:
+        temporary = tempfile.gettempdir()
+        return tempfile.mkdtemp(prefix="swarm-", dir=temporary if len(temporary) <= _MAX_FOLDER_CHARS else "/tmp")
+    except OSError as error:
+        raise StorageError(f"cannot make a folder for sockets: {error}", "point TMPDIR at a writable folder") from error
 
 
 async def _end(daemon: Any) -> None:
