@@ -1,0 +1,137 @@
+"""Which ways of multiplying are right and pay on this device: tried once a process, in about 0.1 s.
+
+A kernel that is missing, refuses, or is not close to the plain way is not used, and the answer says
+why; so a device nobody here has seen is served slowly at worst, never wrongly. Speed only decides where a
+kernel is known to be a loss on some machines, and only a clear loss counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn import functional
+
+from swarm.model.kernels import int4, int8
+
+_SHAPE = (1536, 1024)
+_FEW_ROWS = 8
+_CLOSE = 0.02
+"""Of the norm of the result: seven times what rounding to bfloat16 costs."""
+_TRIALS = 9
+_LOSS = 1.3
+"""A kernel is left out when it takes this much longer than the plain way: clearly, not by noise, so that
+two runs on one machine choose alike."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a kernel is used, and if not, why."""
+
+    used: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What this device is good at."""
+
+    int8_native: Verdict
+    int8_digits: Verdict
+    int4_native: Verdict
+
+
+def traits(device: torch.device) -> Traits:
+    """Of a device with its index, as tensors have it: cuda:0, not cuda."""
+    return _traits(device.type, device.index)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+@torch.no_grad()
+def _traits(device_type: str, index: int | None) -> Traits:
+    device = torch.device(device_type, index or 0) if device_type == "cuda" else torch.device(device_type)
+    generator = torch.Generator().manual_seed(0)
+    codes_OI = torch.randint(-127, 128, _SHAPE, dtype=torch.int8, generator=generator).to(device)
+    scales_O = torch.rand(_SHAPE[0], generator=generator).to(device, torch.bfloat16)
+    input_MI = torch.randn(_FEW_ROWS, _SHAPE[1], generator=generator).to(device)
+    rough_MI = input_MI.to(torch.bfloat16)
+    row_1I = (rough_MI if device.type == "cuda" else input_MI)[:1]
+
+    return Traits(
+        int8_native=_try(
+            lambda: int8.native(row_1I, codes_OI, scales_O),
+            lambda: int8.pieces(row_1I, codes_OI, scales_O),
+            must_pay=True,
+        ),
+        int8_digits=_try_digits(input_MI, codes_OI, scales_O),
+        int4_native=_try_int4(rough_MI, codes_OI),
+    )
+
+
+def _try(kernel: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], *, must_pay: bool) -> Verdict:
+    try:
+        got, expected = kernel().float(), plain().float()
+        error = float((got - expected).norm() / expected.norm())
+    except (RuntimeError, NotImplementedError, AttributeError) as refusal:
+        return Verdict(False, f"torch refuses it here: {str(refusal).splitlines()[0][:200]}")
+    if not error < _CLOSE:
+        return Verdict(False, f"its result is off by {error:.3g} here")
+    if must_pay:
+        kernel_s, plain_s = _best_s(kernel, plain)
+        if kernel_s > _LOSS * plain_s:
+            return Verdict(False, f"it takes {kernel_s * 1e6:.0f} µs here, the plain way {plain_s * 1e6:.0f}")
+    return Verdict(True)
+
+
+def _try_digits(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> Verdict:
+    """Integer sums must be exact: processors without VNNI may saturate in between."""
+    if input_MI.device.type != "cpu":
+        return Verdict(False, "only where integers are the fast way: on CPUs")
+    extreme = torch.full((3, codes_OI.shape[1]), 127, dtype=torch.int8)
+    extreme[1, ::2] = -128
+    for weight in (torch.full_like(codes_OI[:64], -127), codes_OI):
+        if not torch.equal(torch._int_mm(extreme, weight.t()).double(), extreme.double() @ weight.double().t()):
+            return Verdict(False, "integer products saturate on this processor")
+    return _try(
+        lambda: int8.digits(input_MI, codes_OI, scales_O),
+        lambda: int8.pieces(input_MI, codes_OI, scales_O),
+        must_pay=True,
+    )
+
+
+def _try_int4(rough_MI: torch.Tensor, codes_OI: torch.Tensor) -> Verdict:
+    """Any rounding of the order of codes or of the zeros would show as a result far off."""
+    if not int4.has_kernel(rough_MI.device):
+        return Verdict(False, "torch has no 4-bit kernel for this device")
+    group = 32
+    codes = codes_OI.to(torch.int16).bitwise_and_(15).to(torch.uint8)
+    scales_GO2 = torch.stack([codes_OI[:, ::group].float().abs() / 128 + 0.1, codes_OI[:, ::group].float() / 64], -1)
+    scales_GO2 = scales_GO2.transpose(0, 1).contiguous().to(torch.bfloat16)
+    try:
+        packed = int4.pack(codes)
+        if not torch.equal(int4.unpack(packed, codes.shape[1]), codes):
+            return Verdict(False, "the order of its packed codes is not one of blocks of 64 rows")
+    except (RuntimeError, NotImplementedError, AttributeError) as refusal:
+        return Verdict(False, f"torch refuses it here: {str(refusal).splitlines()[0][:200]}")
+    weight_OI = int4.dequantize(codes, scales_GO2, torch.float32)
+    return _try(
+        lambda: int4.native(rough_MI, packed, scales_GO2),
+        lambda: functional.linear(rough_MI.float(), weight_OI),
+        must_pay=False,
+    )
+
+
+def _best_s(*ways: Callable[[], torch.Tensor]) -> list[float]:
+    """The least seconds of each, taken in turns so that other work on the machine hits all alike."""
+    times = [float("inf")] * len(ways)
+    for _ in range(_TRIALS):
+        for index, way in enumerate(ways):
+            began = time.perf_counter()
+            if way().is_cuda:
+                torch.cuda.synchronize()
+            times[index] = min(times[index], time.perf_counter() - began)
+    return times
