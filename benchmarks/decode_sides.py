@@ -90,7 +90,7 @@ async def local() -> None:
 
 async def swarm(join: str, folder: Path) -> None:
     from swarm.client.sampling import Sampling
-    from swarm.client.session import SwarmClient
+    from swarm.client.swarm import SwarmClient
     from swarm.model.checkpoint import Checkpoint
     from swarm.net.join import parse_join
 

@@ -29,13 +29,14 @@ import uvloop
 from safetensors.torch import load as load_safetensors
 
 from benchmarks.processes import Json, answer
-from node.compute import Compute
-from node.hops import ChainServer, TrainStage
+from node.chains import ChainServer
+from node.hop_train import TrainStage
 from node.lead import LeadLoop, Progress
 from node.memory import Ledger
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.adapters.registry import WEIGHTS_FILE, ModelAdapters
+from swarm.compute import Compute
 from swarm.config import DataSettings, JobSpec, Schedule
 from swarm.data.batch import Batch, collate
 from swarm.data.chat import encode_sample

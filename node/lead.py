@@ -15,9 +15,9 @@ import structlog
 import torch
 from torch.nn import functional
 
-from node.compute import Compute, Priority
 from node.member import Work
 from node.stage import AdapterStage
+from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
 from swarm.data.batch import Batch, batch_positions, collate
 from swarm.data.chat import encode_sample

@@ -16,12 +16,12 @@ import structlog
 import torch
 
 from node.adapters import AdapterStore
-from node.compute import Compute, Priority
-from node.hops import ChainServer
+from node.chains import ChainServer
 from node.link import Link
 from node.memory import Ledger, default_budget
 from node.serving import NodeModel, fitting_blocks
 from node.worker import Worker
+from swarm.compute import Compute, Priority
 from swarm.datadir import DataDir
 from swarm.errors import DeviceError, InputError, OutOfMemory
 from swarm.identity import Identity
@@ -30,11 +30,14 @@ from swarm.metrics import Traffic
 from swarm.model.checkpoint import open_for
 from swarm.model.shard import n_blocks
 from swarm.net.discovery import REFRESH_S, publish_span, snapshot, withdraw_span
+from swarm.net.health import serve_health
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
 from swarm.net.routing import choose_span
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DRAIN_S = 10.0
+"""How long a node that was told to stop waits for its sessions to move elsewhere."""
 log = structlog.get_logger()
 
 
@@ -122,6 +125,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
 
         server = ChainServer(peer, compute, model, ledger, adapters, worker, count)
         await server.start()
+        await serve_health(peer, server.health)
 
         async def announce() -> None:
             name = str(dtype).removeprefix("torch.")
@@ -135,6 +139,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
                     log.warning("not_announced", reason="no DHT peer took the record; trying again")
                 elif first:
                     first = False
+                    stack.push_async_callback(server.drain, DRAIN_S)
                     stack.push_async_callback(withdraw_span, peer, checkpoint.model_hash, span, name)
                     log.info("serving", blocks=str(span), peer=peer.peer_id)
                     ready(span, peer.peer_id)

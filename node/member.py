@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import structlog
 
-from node.compute import Compute, Priority
 from node.jobstate import JobFolder, PendingContribution, SavedState
 from node.link import Link
 from node.stage import AdapterStage
 from swarm.adapters.registry import ModelAdapters, Parameters
 from swarm.compress import FrameContext, compress_with_feedback, decode
+from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
 from swarm.errors import CodecError, CorruptData, JobConflict
 from swarm.ids import Span, block_of, sha256

@@ -13,6 +13,7 @@ from swarm.errors import InputError, OutOfMemory
 
 _LOWER = {
     "weights": "hold fewer blocks (--blocks) or use a narrower --dtype",
+    "resend": "end other sessions, or give the node more memory (--vram)",
     "kv": "end other sessions, shorten the prompt, or give the node more memory (--vram)",
     "activations": "lower the job's batch_size or max_length",
     "optimizer": "lower the adapter's rank, or hold fewer blocks (--blocks)",
@@ -21,7 +22,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 
 class Ledger:
-    """Charges by (kind, owner); a kind is one of weights, kv, activations, optimizer."""
+    """Charges by (kind, owner); a kind is one of weights, kv, resend, activations, optimizer."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -33,6 +34,10 @@ class Ledger:
 
     def used_by(self, kind: str) -> int:
         return sum(size for (k, _), size in self._charges.items() if k == kind)
+
+    def room(self, *kinds: str) -> int:
+        """What these kinds may take together, beside everything else."""
+        return self.budget_bytes - sum(size for (kind, _), size in self._charges.items() if kind not in kinds)
 
     def charge(self, kind: str, owner: str, size: int) -> None:
         """Set what `owner` holds of `kind` to `size` bytes. Raises OutOfMemory, naming what to lower."""

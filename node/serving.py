@@ -1,26 +1,63 @@
-"""Running a span for others: sessions with a KV cache, and stateless forward passes.
+"""What this node runs for others: the frozen span, its serving views, and one session's state.
 
-`NodeModel` owns the shard and one view per (span, adapter); `ServingStage` is one session's part of
-a chain on this node. Everything here that computes is called on the compute thread only;
-charging the ledger happens before, on the loop.
+`NodeModel` owns the shard and one view per part of the span, whose linear layers an adapter bank
+extends, so that sessions with different adapters share a batch. `ServingSession` is what this node
+holds of a session, whether a stream carries it at the moment or not. Charging the ledger happens
+on the loop, before memory is taken.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from dataclasses import dataclass, field
 
+import structlog
 import torch
 
+from node.kv import SessionCache
 from node.memory import Ledger
-from swarm.adapters.registry import ModelAdapters, set_values
-from swarm.errors import ContextTooLong, SessionError, SpanError
+from node.sentlog import SentLog
+from swarm.adapters.bank import AdapterBank
+from swarm.adapters.registry import ModelAdapters
+from swarm.errors import SpanError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.rows import prepare_rows, supports_rows
 from swarm.model.shard import Parts, Shard, View, base_prefix, context_length, n_blocks
 
-_MAX_VIEWS = 32
+_MAX_VIEWS = 8
+_MAX_ADAPTERS = 64
+_LOG_SHARE = 16
+log = structlog.get_logger()
+
+
+class ServingView:
+    """A view that sessions share, and the adapters loaded into it."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.span = view.span
+        self.batches = supports_rows(view)
+        """Whether its sessions' steps can be one batch."""
+        if self.batches:
+            prepare_rows(view)
+        self.bank = AdapterBank(view)
+        self._used: OrderedDict[bytes, None] = OrderedDict()
+        self.in_use: dict[bytes, int] = {}
+        """Open sessions by adapter."""
+
+    def load(self, adapter_id: bytes, adapters: ModelAdapters, files: dict[str, bytes]) -> None:
+        """Make an adapter's part of these blocks ready. Compute thread only."""
+        if adapter_id not in self.bank:
+            method, values = adapters.load(files, self.span)
+            self.bank.add(adapter_id, method, values)
+        self._used[adapter_id] = None
+        self._used.move_to_end(adapter_id)
+        for old in list(self._used)[: max(0, len(self._used) - _MAX_ADAPTERS)]:
+            if not self.in_use.get(old):
+                del self._used[old]
+                self.bank.remove(old)
 
 
 class NodeModel:
@@ -36,69 +73,55 @@ class NodeModel:
         self.shard = Shard(checkpoint, span, dtype, device)
         self.adapters = ModelAdapters(checkpoint)
         self.context_length = context_length(checkpoint.config)
-        self._views: OrderedDict[tuple[Span, bytes], View] = OrderedDict()
+        self.hidden_size = int(checkpoint.config.hidden_size)
+        self._views: OrderedDict[Span, ServingView] = OrderedDict()
 
-    def view(self, span: Span, adapter_id: bytes = b"", files: dict[str, bytes] | None = None) -> View:
-        """The view for a part of the span, with an adapter's files injected if given."""
+    def view(self, span: Span) -> ServingView:
+        """The serving view of a part of the span. Raises SpanError. Compute thread only."""
         if not self.span.covers(span):
             raise SpanError(f"this node holds blocks {self.span}, not {span}", "look up the swarm again")
-        key = (span, adapter_id)
-        if key not in self._views:
-            view = self.shard.view(span)
-            if files is not None:
-                method, values = self.adapters.load(files, span)
-                set_values(self.adapters.attach(view, method), values)
-            self._views[key] = view
-            while len(self._views) > _MAX_VIEWS:
-                self._views.popitem(last=False)
-        self._views.move_to_end(key)
-        return self._views[key]
+        if span not in self._views:
+            self._views[span] = ServingView(self.shard.view(span))
+            for old in [s for s, v in self._views.items() if not v.in_use][: max(0, len(self._views) - _MAX_VIEWS)]:
+                del self._views[old]
+        self._views.move_to_end(span)
+        return self._views[span]
 
-    def kv_bytes_per_token(self, span: Span) -> int:
-        """What one token of one row adds to the KV caches of a span."""
+    def kv_bytes(self, span: Span, rows: int, columns: int) -> int:
+        """What so many columns of so many rows take in the KV caches of a span."""
         config = self.checkpoint.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * heads * head_dim * self.shard.dtype.itemsize * len(span))
+        return int(2 * heads * head_dim * self.shard.dtype.itemsize * len(span)) * rows * columns
 
 
-class ServingStage:
-    """One session on this node. `cached`: whether it keeps KV between steps."""
+@dataclass(eq=False)
+class ServingSession:
+    """What this node holds of one session."""
 
-    def __init__(self, model: NodeModel, view: View, session_id: str, ledger: Ledger, *, cached: bool) -> None:
-        self._model = model
-        self._view = view
-        self._ledger = ledger
-        self._session_id = session_id
-        self._cache: Any = view.new_cache() if cached else None
-        self._kv_bytes_per_token = model.kv_bytes_per_token(view.span)
-        self._length = 0
+    session_id: str
+    opener: str
+    """Peer id of the client."""
+    view: ServingView
+    adapter_id: bytes
+    cache: SessionCache
+    log: SentLog
+    number: int
+    """Counts admissions: a higher number is a younger session."""
+    received: int = 0
+    sent: int = 0
+    """Numbers of the last step that came in and that left: what liveness reports."""
+    broken: bool = field(default=False)
+    """A step failed halfway: the cache cannot be trusted and is not kept."""
 
-    def admit(self, shape_BTD: tuple[int, ...], position: int) -> None:
-        """Check a step and charge what it will take, before any of it is taken.
+    @property
+    def held(self) -> int:
+        return self.cache.length
 
-        Raises ContextTooLong, SessionError (a position that does not follow), OutOfMemory.
-        """
-        batch, time, _ = shape_BTD
-        if position + time > self._model.context_length:
-            raise ContextTooLong(
-                f"{position + time} tokens are more than the model's context of {self._model.context_length}"
-            )
-        if self._cache is not None:
-            if position != self._length:
-                raise SessionError(f"the session holds {self._length} tokens, a step at {position} does not follow")
-            size = batch * (position + time) * self._kv_bytes_per_token
-            self._ledger.charge("kv", self._session_id, size)
-            self._length += time
 
-    def forward(self, hidden_BTD: torch.Tensor, position: int) -> torch.Tensor:
-        """Compute thread only."""
-        with torch.inference_mode():
-            return self._view.forward(hidden_BTD, position, self._cache)
-
-    def close(self) -> None:
-        self._cache = None
-        self._ledger.release(self._session_id)
+def log_limit(ledger: Ledger) -> int:
+    """Bytes that one session's log of sent activations may take."""
+    return ledger.budget_bytes // _LOG_SHARE
 
 
 def span_bytes(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> int:

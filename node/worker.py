@@ -16,7 +16,6 @@ import structlog
 import torch
 
 from node.adapters import AdapterStore
-from node.compute import Compute, Priority
 from node.jobstate import JobFolder
 from node.lead import LeadLoop, Progress
 from node.link import Link
@@ -24,6 +23,7 @@ from node.member import FIRST_ROUND, JobMember, Work
 from node.memory import Ledger
 from node.serving import NodeModel
 from node.stage import AdapterStage
+from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
 from swarm.data.dataset import ChatDataset, parse_chat_lines
 from swarm.errors import SessionError, SwarmError

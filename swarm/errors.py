@@ -15,7 +15,8 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── IdentityError     SW201  a key file that cannot be used
     │   ├── SignatureError    SW202  missing, wrong or replayed signature
     │   ├── ClockError        SW203  clocks too far apart
-    │   └── PinError          SW204  the coordinator shows another TLS key than the join string
+    │   ├── PinError          SW204  the coordinator shows another TLS key than the join string
+    │   └── UnverifiedWeights SW205  weights from peers that disagree, or that too few vouch for
     ├── NetworkError          SW300  reaching others
     │   ├── JoinError         SW301  nobody answers at the join address
     │   ├── JoinStringError   SW302  a join string that does not parse
@@ -30,7 +31,9 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── ModelMismatch     SW402  another model or revision
     │   ├── SessionError      SW403  unknown session or wrong position
     │   ├── ContextTooLong    SW404  more tokens than the model's context
-    │   └── AdapterNotFound   SW405  nobody announces that adapter
+    │   ├── AdapterNotFound   SW405  nobody announces that adapter
+    │   ├── Busy              SW406  no room within the deadline; names the place in the queue
+    │   └── Preempted         SW407  the session's memory went to older sessions; it is rebuilt elsewhere or later
     ├── ResourceError         SW500  this machine
     │   ├── OutOfMemory       SW501  names what to lower
     │   └── DeviceError       SW502  the asked device is not there
@@ -48,7 +51,7 @@ three; the wire carries them; nothing else about an exception crosses a process 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class SwarmError(Exception):
@@ -61,14 +64,21 @@ class SwarmError(Exception):
         super().__init__(cause)
         self.cause = cause
         self.fix = fix or self.default_fix
+        self.blame = ""
+        """Peer id of the node at fault, if one is: a client then avoids it for a while."""
+
+    def blaming(self, peer_id: str) -> Self:
+        """The same error, naming the node at fault unless one is named already."""
+        self.blame = self.blame or peer_id
+        return self
 
     def __str__(self) -> str:
         return f"{self.code} {self.cause}; {self.fix}"
 
     @staticmethod
-    def from_code(code: str, cause: str, fix: str) -> SwarmError:
+    def from_code(code: str, cause: str, fix: str, blame: str = "") -> SwarmError:
         """Rebuild an error that arrived over the wire; an unknown code becomes a plain SwarmError."""
-        return _BY_CODE.get(code, SwarmError)(cause, fix)
+        return _BY_CODE.get(code, SwarmError)(cause, fix).blaming(blame)
 
 
 class InputError(SwarmError):
@@ -124,6 +134,11 @@ class ClockError(AuthError):
 class PinError(AuthError):
     code = "SW204"
     default_fix = "ask the job's owner for a fresh join string; if theirs is the same, somebody sits between"
+
+
+class UnverifiedWeights(AuthError):
+    code = "SW205"
+    default_fix = "take the checkpoint from the hub or a folder (--model), or join by a string that carries its seal"
 
 
 class NetworkError(SwarmError):
@@ -198,6 +213,16 @@ class ContextTooLong(ServeError):
 class AdapterNotFound(ServeError):
     code = "SW405"
     default_fix = "see `swarm status --join …` for the adapters that nodes announce"
+
+
+class Busy(ServeError):
+    code = "SW406"
+    default_fix = "wait longer, ask for fewer tokens, or add nodes to the swarm"
+
+
+class Preempted(ServeError):
+    code = "SW407"
+    default_fix = "open the session again: a client does so by itself"
 
 
 class ResourceError(SwarmError):

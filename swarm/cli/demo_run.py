@@ -26,7 +26,7 @@ from swarm.cli.jobs import job_dict, with_coordinator, write_folder
 from swarm.client.coordinator import CoordinatorClient
 from swarm.client.sampling import Sampling
 from swarm.client.score import Question, Score, score
-from swarm.client.session import SwarmClient
+from swarm.client.swarm import SwarmClient
 from swarm.errors import AdapterNotFound, SwarmError
 from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import parse_join

@@ -61,7 +61,7 @@ def generate(
 
         sampling = Sampling(temperature, top_p, top_k, seed)
 
-        from swarm.client.session import SwarmClient
+        from swarm.client.swarm import SwarmClient
         from swarm.model.checkpoint import open_for
 
         if threads:

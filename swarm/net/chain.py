@@ -33,6 +33,8 @@ OPEN_TIMEOUT_S = 60.0
 
 
 _ACCOUNT_GRACE_S = 2.0
+_ADMISSION_S = 60.0
+_CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,43 @@ class TrainingBinding:
 def hop_to_proto(hop: Hop) -> common_pb2.Hop:
     span = common_pb2.Span(start=hop.span.start, end=hop.span.end)
     return common_pb2.Hop(peer_id=hop.peer_id, span=span, addrs=hop.addrs)
+
+
+@dataclass(frozen=True)
+class SessionTerms:
+    """What a session with a KV cache tells the hops when it is opened."""
+
+    session_id: str = ""
+    """Of an earlier chain, to go on with what its hops still hold; empty: a new session."""
+    rows: int = 1
+    expected_tokens: int = 0
+    """Columns it will probably reach; 0: a node's own guess."""
+    admission_s: float = _ADMISSION_S
+    """How long to wait for room, on each hop."""
+    waiting: Callable[[int, str], None] | None = None
+    """Called with (position in the queue, reason) while a hop has no room."""
+
+
+@dataclass(frozen=True)
+class StepExtras:
+    """What a step of a session may carry besides hidden states (see `Forward` in chain.proto)."""
+
+    rows: tuple[int, ...] = ()
+    mask: bytes = b""
+    position_ids: tuple[int, ...] = ()
+    tail: int | None = None
+    refill: int = 0
+
+
+_NO_EXTRAS = StepExtras()
+
+
+def error_to_proto(error: SwarmError) -> common_pb2.Error:
+    return common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix, blame=error.blame)
+
+
+def error_from_proto(error: common_pb2.Error) -> SwarmError:
+    return SwarmError.from_code(error.code, error.cause, error.fix, error.blame)
 
 
 class Chain:
@@ -75,6 +114,10 @@ class Chain:
         self._readers: list[asyncio.Task[None]] = []
         self._failure: SwarmError | None = None
         self._failed = asyncio.Event()
+        self.states: tuple[pb.HopState, ...] = ()
+        """What each hop held of the session when the chain was opened."""
+        self.draining: set[str] = set()
+        """Peer ids of hops that want to leave."""
 
     @classmethod
     async def open(
@@ -91,15 +134,17 @@ class Chain:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         timeout_s: float = 60.0,
+        terms: SessionTerms | None = None,
         count: Callable[[int], None] | None = None,
     ) -> Chain:
         """Open every hop from index `first` on.
 
         encoding: how activations cross the links. dtype, device: of the tensors that calls return.
         timeout_s: the longest that one step of the whole chain may take.
-        Raises PeerLost, VersionError, ModelMismatch, SessionError and what a node's own checks raise.
+        Raises PeerLost, VersionError, ModelMismatch, SessionError, Busy and what a node's own checks raise.
         """
-        session_id = uuid.uuid4().hex
+        terms = terms or SessionTerms()
+        session_id = terms.session_id or uuid.uuid4().hex
         message = pb.Open(
             hello=hello(model_hash, ("push",)),
             session_id=session_id,
@@ -107,6 +152,9 @@ class Chain:
             hops=[hop_to_proto(hop) for hop in hops],
             index=first,
             activation_encoding=encoding,
+            rows=terms.rows,
+            expected_tokens=terms.expected_tokens,
+            admission_s=terms.admission_s,
         )
         if adapter is not None:
             files = [common_pb2.FileEntry(name=f.name, sha256=f.sha256, size=f.size) for f in adapter.files]
@@ -117,14 +165,22 @@ class Chain:
         head, tail = hops[first], hops[-1]
         inputs = await peer.dial(head.peer_id, head.addrs, PROTOCOL, pb.Frame, count=count)
         chain = cls(session_id, hops[first:], inputs, encoding, dtype, device or torch.device("cpu"), timeout_s)
+        opening = asyncio.timeout(OPEN_TIMEOUT_S)
+
+        def queued(position: int, reason: str) -> None:
+            # The hop is alive and counts its own deadline.
+            opening.reschedule(asyncio.get_running_loop().time() + OPEN_TIMEOUT_S)
+            if terms.waiting is not None:
+                terms.waiting(position, reason)
+
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
+            async with opening:
                 await inputs.send(pb.Frame(open=message))
-                await _expect_opened(inputs)
+                chain.states = await expect_opened(inputs, queued)
                 chain._outputs = await peer.dial(tail.peer_id, tail.addrs, PROTOCOL, pb.Frame, count=count)
                 attach = pb.Attach(hello=hello(model_hash), session_id=session_id)
                 await chain._outputs.send(pb.Frame(attach=attach))
-                await _expect_opened(chain._outputs)
+                await expect_opened(chain._outputs)
         except TimeoutError as error:
             await chain.close()
             raise PeerLost(f"the chain did not open within {OPEN_TIMEOUT_S:.0f} s") from error
@@ -135,15 +191,41 @@ class Chain:
             chain._readers.append(asyncio.create_task(chain._read(stream)))
         return chain
 
-    async def forward(self, hidden_BTD: torch.Tensor, position: int = 0) -> tuple[int, torch.Tensor]:
+    async def forward(
+        self, hidden_BTD: torch.Tensor, position: int = 0, extras: StepExtras = _NO_EXTRAS
+    ) -> tuple[int, torch.Tensor]:
         """Push hidden states through all hops. Returns the step's number (for `backward`) and the output."""
-        self._seq += 1
-        seq = self._seq  # its own: another call may come while this one waits
-        meta, payload = pack(hidden_BTD, self._encoding)
-        frame = pb.Frame(forward=pb.Forward(seq=seq, position=position, tensor=meta))
+        seq, frame, payload = self._step(hidden_BTD, position, extras)
         output = await self._exchange("forward", seq, self._inputs, frame, payload)
         assert output is not None
         return seq, output
+
+    async def push(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> None:
+        """Send a step that nobody answers (`tail` 0): a chunk of a prompt, or a refill. Failures show at the next one."""
+        if self._failure is not None:
+            raise self._failure
+        _, frame, payload = self._step(hidden_BTD, position, extras)
+        await self._inputs.send(frame, payload)
+
+    async def refill(self, first: int, last: int, start: int, end: int) -> None:
+        """Let the hop before `first` resend columns [start, end), which hops `first` to `last` lack."""
+        order = pb.Refill(first=first, last=last, start=start, end=end)
+        await self._inputs.send(pb.Frame(refill=order))
+
+    def _step(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> tuple[int, pb.Frame, bytes]:
+        self._seq += 1
+        meta, payload = pack(hidden_BTD, self._encoding)
+        message = pb.Forward(
+            seq=self._seq,
+            position=position,
+            tensor=meta,
+            rows=extras.rows,
+            mask=extras.mask,
+            position_ids=extras.position_ids,
+            tail=extras.tail,
+            refill=extras.refill,
+        )
+        return self._seq, pb.Frame(forward=message), payload
 
     async def backward(self, seq: int, grad_BTD: torch.Tensor, *, step: bool, lr: float) -> torch.Tensor:
         """Send the gradient of step `seq`'s output; returns that of its input.
@@ -165,14 +247,22 @@ class Chain:
         """Tell every hop to contribute its own blocks; returns when all have taken note."""
         await self._exchange("end_round", message.round, self._inputs, pb.Frame(end_round=message))
 
-    async def close(self) -> None:
-        """End the streams; nodes drop the session. Safe to call twice."""
+    @property
+    def failure(self) -> SwarmError | None:
+        """Why the chain can no longer be used; None while it can."""
+        return self._failure
+
+    async def close(self, *, keep: bool = False) -> None:
+        """End the streams; nodes drop the session, or keep it for a while (`keep`). Safe to call twice."""
         for task in self._readers:
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         self._fail(PeerLost("the chain was closed", "open a new one"))
-        with suppress(SwarmError):
-            await self._inputs.send(pb.Frame(close=pb.Close()))
+        if not keep:
+            # A peer that hangs takes nothing any more; the session there ends with its stream.
+            with suppress(SwarmError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await self._inputs.send(pb.Frame(close=pb.Close()))
         self._inputs.close()
         if self._outputs is not None:
             self._outputs.close()
@@ -204,8 +294,11 @@ class Chain:
                         with suppress(TimeoutError):
                             async with asyncio.timeout(_ACCOUNT_GRACE_S):
                                 await self._failed.wait()
-                    raise PeerLost(f"node {stream.peer} went away")
+                    raise PeerLost(f"node {stream.peer} went away").blaming(stream.peer)
                 self._take(*received)
+        except ProtocolError as error:
+            # Malformed, or not a number: whoever sent it here is at fault.
+            self._fail(error.blaming(stream.peer))
         except SwarmError as error:
             self._fail(error)
 
@@ -222,8 +315,11 @@ class Chain:
             number = frame.begin_round.round
         elif kind == "end_round":
             number = frame.end_round.round
+        elif kind == "draining":
+            self.draining.add(frame.draining.peer_id)
+            return
         elif kind == "error":
-            raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
+            raise error_from_proto(frame.error)
         elif kind == "close":
             raise PeerLost(f"the chain {self._route()} lost its way back to here")
         else:
@@ -245,18 +341,26 @@ class Chain:
         return " → ".join(f"{hop.peer_id[-6:]}[{hop.span}]" for hop in self.hops)
 
 
-async def _expect_opened(stream: FrameStream[pb.Frame]) -> None:
-    received = await stream.receive()
-    if received is None:
-        raise PeerLost(f"node {stream.peer} closed the stream while the chain opened")
-    frame, _ = received
-    kind = frame.WhichOneof("kind")
-    if kind == "error":
-        raise SwarmError.from_code(frame.error.code, frame.error.cause, frame.error.fix)
-    if kind != "opened":
-        raise ProtocolError(f"expected 'opened' from {stream.peer}, got '{kind}'")
+async def expect_opened(
+    stream: FrameStream[pb.Frame], queued: Callable[[int, str], None] | None = None
+) -> tuple[pb.HopState, ...]:
+    """Wait until the hop at the other end is ready; the states of it and of all behind it."""
+    while True:
+        received = await stream.receive()
+        if received is None:
+            raise PeerLost(f"node {stream.peer} closed the stream while the chain opened").blaming(stream.peer)
+        frame, _ = received
+        kind = frame.WhichOneof("kind")
+        if kind == "error":
+            raise error_from_proto(frame.error)
+        if kind == "opened":
+            return tuple(frame.opened.hops)
+        if kind != "queued":
+            raise ProtocolError(f"expected 'opened' from {stream.peer}, got '{kind}'").blaming(stream.peer)
+        if queued is not None:
+            queued(frame.queued.position, frame.queued.reason)
 
 
 def lost_hop(hop: Hop) -> PeerLost:
     """The error that names a hop which went away."""
-    return PeerLost(f"node {hop.peer_id} (blocks {hop.span}) went away")
+    return PeerLost(f"node {hop.peer_id} (blocks {hop.span}) went away").blaming(hop.peer_id)

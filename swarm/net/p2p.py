@@ -209,7 +209,7 @@ class Peer:
             asyncio.IncompleteReadError,
             ValueError,
         ) as error:
-            raise PeerLost(f"node {peer_id} does not answer") from error
+            raise PeerLost(f"node {peer_id} does not answer").blaming(peer_id) from error
         return FrameStream(reader, writer, kind, peer=peer_id, count=count)
 
     async def publish(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.client.sampling import Sampling
-from swarm.client.session import SwarmClient
+from swarm.client.swarm import SwarmClient
 from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import parse_join
 from swarm.net.routing import find_chain

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.adapters.registry import ModelAdapters
-from swarm.client.session import SwarmClient
+from swarm.client.swarm import SwarmClient
 from swarm.config import LoraMethod
 from swarm.data.batch import batch_positions, collate
 from swarm.data.chat import encode_sample

@@ -39,6 +39,8 @@ class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType],
     """forward only, nothing kept (scoring, evaluation)"""
     MODE_TRAIN: _Mode.ValueType  # 3
     """forward keeps the graph until Backward; only the job's lead may open it"""
+    MODE_GRAD: _Mode.ValueType  # 4
+    """forward keeps the graph until Backward, which returns the input's gradient; nothing is trained"""
 
 class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
 
@@ -49,6 +51,8 @@ MODE_STATELESS: Mode.ValueType  # 2
 """forward only, nothing kept (scoring, evaluation)"""
 MODE_TRAIN: Mode.ValueType  # 3
 """forward keeps the graph until Backward; only the job's lead may open it"""
+MODE_GRAD: Mode.ValueType  # 4
+"""forward keeps the graph until Backward, which returns the input's gradient; nothing is trained"""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
 @_typing.final
@@ -64,6 +68,9 @@ class Frame(_message.Message):
     END_ROUND_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    REFILL_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open: ...
     @_builtins.property
@@ -82,6 +89,12 @@ class Frame(_message.Message):
     def error(self) -> _common_pb2.Error: ...
     @_builtins.property
     def close(self) -> Global___Close: ...
+    @_builtins.property
+    def queued(self) -> Global___Queued: ...
+    @_builtins.property
+    def refill(self) -> Global___Refill: ...
+    @_builtins.property
+    def draining(self) -> Global___Draining: ...
     def __init__(
         self,
         *,
@@ -94,12 +107,15 @@ class Frame(_message.Message):
         end_round: Global___EndRound | None = ...,
         error: _common_pb2.Error | None = ...,
         close: Global___Close | None = ...,
+        queued: Global___Queued | None = ...,
+        refill: Global___Refill | None = ...,
+        draining: Global___Draining | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "attach", "forward", "backward", "begin_round", "end_round", "error", "close"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "attach", "forward", "backward", "begin_round", "end_round", "error", "close", "queued", "refill", "draining"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -120,6 +136,9 @@ class Open(_message.Message):
     PIPELINE_ID_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     OPENER_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ADMISSION_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     mode: Global___Mode.ValueType
     index: _builtins.int
@@ -133,6 +152,12 @@ class Open(_message.Message):
     """MODE_TRAIN: which forming of the job's pipelines this chain is of"""
     opener: _builtins.str
     """set by each hop for the next: who may attach to the end"""
+    rows: _builtins.int
+    """MODE_CACHED: rows of the session's batch"""
+    expected_tokens: _builtins.int
+    """MODE_CACHED: columns that the session will probably reach; admission counts with it"""
+    admission_s: _builtins.float
+    """MODE_CACHED: how long the opener waits for room on each hop"""
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     @_builtins.property
@@ -155,10 +180,13 @@ class Open(_message.Message):
         pipeline_id: _builtins.int = ...,
         generation: _builtins.int = ...,
         opener: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        expected_tokens: _builtins.int = ...,
+        admission_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "adapter", b"adapter", "generation", b"generation", "hello", b"hello", "hops", b"hops", "index", b"index", "job_id", b"job_id", "mode", b"mode", "opener", b"opener", "pipeline_id", b"pipeline_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "adapter", b"adapter", "admission_s", b"admission_s", "expected_tokens", b"expected_tokens", "generation", b"generation", "hello", b"hello", "hops", b"hops", "index", b"index", "job_id", b"job_id", "mode", b"mode", "opener", b"opener", "pipeline_id", b"pipeline_id", "rows", b"rows", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,20 +219,127 @@ Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
 
 @_typing.final
 class Opened(_message.Message):
-    """This hop and all behind it are ready."""
+    """This hop and all behind it are ready. `hops` tells their state, this hop's first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    HOPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hops(self) -> _containers.RepeatedCompositeFieldContainer[Global___HopState]: ...
     def __init__(
         self,
+        *,
+        hops: _abc.Iterable[Global___HopState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hops", b"hops"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Opened: _TypeAlias = Opened  # noqa: Y015
+
+@_typing.final
+class HopState(_message.Message):
+    """What a hop holds of a session that is opened again under its old id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: _builtins.int
+    LOGGED_FROM_FIELD_NUMBER: _builtins.int
+    held: _builtins.int
+    """columns in its KV cache"""
+    logged_from: _builtins.int
+    """it can resend what it sent for the columns from here to `held`"""
+    def __init__(
+        self,
+        *,
+        held: _builtins.int = ...,
+        logged_from: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "logged_from", b"logged_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HopState: _TypeAlias = HopState  # noqa: Y015
+
+@_typing.final
+class Queued(_message.Message):
+    """Sent upstream while a hop has no room for a new session's KV."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """1: next to be admitted"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Queued: _TypeAlias = Queued  # noqa: Y015
+
+@_typing.final
+class Refill(_message.Message):
+    """Down the chain to hop `first` - 1: resend what you sent for columns [start, end), which hops `first` to `last` lack."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    last: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "first", b"first", "last", b"last", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refill: _TypeAlias = Refill  # noqa: Y015
+
+@_typing.final
+class Draining(_message.Message):
+    """Sent upstream by a node that wants to leave: open the session elsewhere, then close it here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    peer_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        peer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_id", b"peer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class Attach(_message.Message):
@@ -237,9 +372,22 @@ class Forward(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
     LENGTHS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    POSITION_IDS_FIELD_NUMBER: _builtins.int
+    TAIL_FIELD_NUMBER: _builtins.int
+    REFILL_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     position: _builtins.int
-    """tokens already in the session's cache (MODE_CACHED)"""
+    """columns before these (MODE_CACHED); fewer than are cached: what follows is dropped"""
+    mask: _builtins.bytes
+    """One bit a row and new column, rows one after the other, lowest bit first: 0 is padding. Empty: no padding."""
+    tail: _builtins.int
+    """How many of the last columns the opener wants back; unset: all."""
+    refill: _builtins.int
+    """Index of the last hop whose cache this step refills, plus one; 0: an ordinary step. Hops behind that one
+    hold these columns and take no notice of it.
+    """
     @_builtins.property
     def tensor(self) -> _common_pb2.TensorMeta:
         """hidden states [batch, time, hidden]"""
@@ -248,6 +396,14 @@ class Forward(_message.Message):
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of each row that count; the rest is padding on the right. Empty: all count."""
 
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the cache that this step continues, in this order (beam search); empty: all as they are."""
+
+    @_builtins.property
+    def position_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Position ids of the new columns, rows one after the other; empty: columns that are not padding, counted."""
+
     def __init__(
         self,
         *,
@@ -255,12 +411,19 @@ class Forward(_message.Message):
         position: _builtins.int = ...,
         tensor: _common_pb2.TensorMeta | None = ...,
         lengths: _abc.Iterable[_builtins.int] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        mask: _builtins.bytes = ...,
+        position_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tail: _builtins.int | None = ...,
+        refill: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "tail", b"tail", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths", "position", b"position", "seq", b"seq", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "lengths", b"lengths", "mask", b"mask", "position", b"position", "position_ids", b"position_ids", "refill", b"refill", "rows", b"rows", "seq", b"seq", "tail", b"tail", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tail: _TypeAlias = _typing.Literal["tail"]  # noqa: Y015
+    _WhichOneofArgType__tail: _TypeAlias = _typing.Literal["_tail", b"_tail"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tail) -> _WhichOneofReturnType__tail | None: ...
 
 Global___Forward: _TypeAlias = Forward  # noqa: Y015
 
@@ -364,3 +527,89 @@ class Close(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Close: _TypeAlias = Close  # noqa: Y015
+
+@_typing.final
+class HealthRequest(_message.Message):
+    """Liveness, on a stream of its own (/swarm/health/1): answered from the event loop, whatever is being computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthRequest: _TypeAlias = HealthRequest  # noqa: Y015
+
+@_typing.final
+class HealthReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    completed: _builtins.int
+    """pieces of work done since the start"""
+    waiting: _builtins.int
+    """pieces of work in the queue"""
+    known: _builtins.bool
+    """whether it holds the session"""
+    received: _builtins.int
+    """the last step of the session that arrived here"""
+    sent: _builtins.int
+    """the last step of the session that left here"""
+    draining: _builtins.bool
+    def __init__(
+        self,
+        *,
+        completed: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        known: _builtins.bool = ...,
+        received: _builtins.int = ...,
+        sent: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "draining", b"draining", "known", b"known", "received", b"received", "sent", b"sent", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthReply: _TypeAlias = HealthReply  # noqa: Y015
+
+@_typing.final
+class HealthFrame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___HealthRequest: ...
+    @_builtins.property
+    def reply(self) -> Global___HealthReply: ...
+    def __init__(
+        self,
+        *,
+        request: Global___HealthRequest | None = ...,
+        reply: Global___HealthReply | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reply", b"reply", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reply", b"reply", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["request", "reply"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___HealthFrame: _TypeAlias = HealthFrame  # noqa: Y015

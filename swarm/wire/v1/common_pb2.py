@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15swarm/v1/common.proto\x12\x08swarm.v1\"W\n\x05Hello\x12\x13\n\x0bversion_min\x18\x01 \x01(\r\x12\x13\n\x0bversion_max\x18\x02 \x01(\r\x12\x10\n\x08required\x18\x03 \x03(\t\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\"1\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0b\n\x03\x66ix\x18\x03 \x01(\t\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"C\n\x03Hop\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x1c\n\x04span\x18\x02 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x03 \x03(\t\"-\n\nTensorMeta\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x10\n\x08\x65ncoding\x18\x02 \x01(\t\"\x80\x01\n\x08JoinInfo\x12\x11\n\tbootstrap\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x17\n\x0ftls_fingerprint\x18\x06 \x01(\x0c\"7\n\tFileEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15swarm/v1/common.proto\x12\x08swarm.v1\"W\n\x05Hello\x12\x13\n\x0bversion_min\x18\x01 \x01(\r\x12\x13\n\x0bversion_max\x18\x02 \x01(\r\x12\x10\n\x08required\x18\x03 \x03(\t\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\"@\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0b\n\x03\x66ix\x18\x03 \x01(\t\x12\r\n\x05\x62lame\x18\x04 \x01(\t\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"C\n\x03Hop\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x1c\n\x04span\x18\x02 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x03 \x03(\t\"-\n\nTensorMeta\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x10\n\x08\x65ncoding\x18\x02 \x01(\t\"\x80\x01\n\x08JoinInfo\x12\x11\n\tbootstrap\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\nmodel_hash\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x17\n\x0ftls_fingerprint\x18\x06 \x01(\x0c\"7\n\tFileEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=35
   _globals['_HELLO']._serialized_end=122
   _globals['_ERROR']._serialized_start=124
-  _globals['_ERROR']._serialized_end=173
-  _globals['_SPAN']._serialized_start=175
-  _globals['_SPAN']._serialized_end=209
-  _globals['_HOP']._serialized_start=211
-  _globals['_HOP']._serialized_end=278
-  _globals['_TENSORMETA']._serialized_start=280
-  _globals['_TENSORMETA']._serialized_end=325
-  _globals['_JOININFO']._serialized_start=328
-  _globals['_JOININFO']._serialized_end=456
-  _globals['_FILEENTRY']._serialized_start=458
-  _globals['_FILEENTRY']._serialized_end=513
+  _globals['_ERROR']._serialized_end=188
+  _globals['_SPAN']._serialized_start=190
+  _globals['_SPAN']._serialized_end=224
+  _globals['_HOP']._serialized_start=226
+  _globals['_HOP']._serialized_end=293
+  _globals['_TENSORMETA']._serialized_start=295
+  _globals['_TENSORMETA']._serialized_end=340
+  _globals['_JOININFO']._serialized_start=343
+  _globals['_JOININFO']._serialized_end=471
+  _globals['_FILEENTRY']._serialized_start=473
+  _globals['_FILEENTRY']._serialized_end=528
 # @@protoc_insertion_point(module_scope)

@@ -61,19 +61,23 @@ class Error(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     FIX_FIELD_NUMBER: _builtins.int
+    BLAME_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     cause: _builtins.str
     fix: _builtins.str
+    blame: _builtins.str
+    """peer id of the node at fault, if one is"""
     def __init__(
         self,
         *,
         code: _builtins.str = ...,
         cause: _builtins.str = ...,
         fix: _builtins.str = ...,
+        blame: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "code", b"code", "fix", b"fix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blame", b"blame", "cause", b"cause", "code", b"code", "fix", b"fix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
