@@ -1,9 +1,9 @@
 """A span of any decoder, run through `transformers`' own base model.
 
-The model is built with its parameters on the meta device, all blocks but the span's are dropped,
-embedding and final norm are taken out, and the rest is called with hidden states as
-`inputs_embeds`. Blocks are built by their global index, so that what depends on depth stays
-right, and only the cache index is renumbered. `config.base_model_pp_plan` names the parts.
+The base model is cut to the span (`swarm.model.blocks`) and called with hidden states in the place
+of embeddings: what it does to embeddings before the first block is replaced by the hidden states
+as they came, and what it does after the last block is left out, so that factors, norms and
+projections of the head happen once, in the head (`swarm.model.head`).
 
 The frozen tensors are kept once (`FrozenTensors`); every *view* is a set of modules that share
 them, so a training view with adapters costs modules and adapters, never weights.
@@ -11,41 +11,37 @@ them, so a training view with adapters costs modules and adapters, never weights
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import sys
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from swarm.errors import OutOfMemory, UnsupportedModel
 from swarm.ids import Span
+from swarm.model.blocks import assign, skeleton_of, whole_of
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.families import OWN_CACHES, Parts, cuts, n_blocks
+from swarm.model.head import Head
+from swarm.model.names import cook
 
-
-@dataclass(frozen=True)
-class Parts:
-    """Names of a base model's parts within it."""
-
-    embed: str
-    layers: str
-    norm: str
-
-    @classmethod
-    def of(cls, config: Any) -> Parts:
-        """Read the family's pipeline plan. Raises UnsupportedModel."""
-        plan = list(getattr(config, "base_model_pp_plan", None) or ())
-        # Some families put a dropout between embedding and blocks; it has no weights and stays where it is.
-        if len(plan) < 3 or plan[-2] != "layers":
-            raise UnsupportedModel(f"model type '{config.model_type}' publishes no pipeline plan this version knows")
-        return cls(plan[0], plan[-2], plan[-1])
-
-
-def n_blocks(config: Any) -> int:
-    return int(config.num_hidden_layers)
+__all__ = [
+    "FrozenTensors",
+    "Head",
+    "Parts",
+    "Shard",
+    "View",
+    "assign",
+    "base_prefix",
+    "block_bytes",
+    "context_length",
+    "cuts",
+    "n_blocks",
+    "skeleton_of",
+]
 
 
 def context_length(config: Any) -> int:
@@ -54,174 +50,175 @@ def context_length(config: Any) -> int:
 
 
 FrozenTensors = dict[str, torch.Tensor]
-"""Frozen weights of a span by local parameter name (`layers.0.self_attn.q_proj.weight`)."""
+"""Frozen weights of a span by local name (`layers.0.self_attn.q_proj.weight`): parameters and saved buffers."""
 
 
 class Shard:
     """A span's frozen weights on one device, and the views that run them."""
 
     def __init__(self, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> None:
-        """Load only the span's tensors. Raises UnsupportedModel, CorruptData, OutOfMemory."""
+        """Load only the span's tensors. Raises UnsupportedModel, SpanError, CorruptData, OutOfMemory."""
         self.checkpoint = checkpoint
         self.span = span
         self.dtype = dtype
         self.device = device
         self.parts = Parts.of(checkpoint.config)
-        skeleton = skeleton_of(checkpoint, span, dtype)
-        self.frozen = self._load(skeleton)
+        self.frozen = self._load()
 
-    def _load(self, skeleton: nn.Module) -> FrozenTensors:
-        prefix = base_prefix(self.checkpoint)
-        layers = self.parts.layers + "."
-        names = {}
-        for local, _ in skeleton.named_parameters():
-            if not local.startswith(layers):
-                raise UnsupportedModel(
-                    f"model type '{self.checkpoint.config.model_type}' has a parameter outside its blocks: {local}"
-                )
-            index, rest = local[len(layers) :].split(".", 1)
-            names[local] = f"{prefix}{layers}{int(index) + self.span.start}.{rest}"
+    def _load(self) -> FrozenTensors:
+        whole = whole_of(self.checkpoint, self.dtype)
+        skeleton = skeleton_of(self.checkpoint, self.span, self.dtype)
+        wanted = []
+        for recipe in whole.recipes:
+            block = whole.block_of(recipe.target)
+            if block is not None and block in self.span:
+                wanted.append(recipe)
         try:
-            loaded = self.checkpoint.load(names.values(), self.dtype, self.device)
+            loaded = cook(self.checkpoint, whole.model, wanted, self.dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"blocks {self.span} do not fit on {self.device}") from error
-        return {local: loaded[name] for local, name in names.items()}
+        layers, start = self.parts.layers + ".", len(whole.layers)
+        frozen = {}
+        for name, tensor in loaded.items():
+            index, rest = name[start:].split(".", 1)
+            frozen[f"{layers}{int(index) - self.span.start}.{rest}"] = tensor
+        missing = [name for name, _ in skeleton.named_parameters() if name not in frozen]
+        if missing:
+            raise UnsupportedModel(
+                f"the checkpoint {self.checkpoint.name} has nothing for '{missing[0]}' of {self.span}"
+            )
+        return frozen
 
     @property
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.frozen.values())
 
     def view(self, span: Span | None = None) -> View:
-        """New modules over the shared tensors, for the whole span or a part of it."""
+        """New modules over the shared tensors, for the whole span or a part of it. Raises SpanError."""
         span = span or self.span
         model = skeleton_of(self.checkpoint, span, self.dtype)
         layers, shift = self.parts.layers + ".", span.start - self.span.start
         tensors = {}
-        for local, _ in model.named_parameters():
-            index, rest = local[len(layers) :].split(".", 1)
-            tensors[local] = self.frozen[f"{layers}{int(index) + shift}.{rest}"]
+        for name, tensor in self.frozen.items():
+            index, rest = name[len(layers) :].split(".", 1)
+            if 0 <= int(index) - shift < len(span):
+                tensors[f"{layers}{int(index) - shift}.{rest}"] = tensor
         assign(model, tensors)
         model.to(self.device)  # buffers such as rotary frequencies; the shared tensors are there already
-        return View(model, span, self.parts)
+        return View(model, span, self.parts, self.checkpoint.config)
+
+
+class _Past:
+    """What the base model asks a cache when the span's own layers cannot tell: spans of linear attention only."""
+
+    past = 0
+    """Tokens before the ones that are being computed."""
+    layers: list[Any]
+
+    def _knows(self, layer_idx: int) -> bool:
+        layers = self.layers[layer_idx : layer_idx + 1] or self.layers[:1]
+        return bool(layers) and isinstance(layers[0], CacheLayerMixin) and bool(layers[0].is_initialized)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(super().get_seq_length(layer_idx)) if self._knows(layer_idx) else self.past  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self._knows(layer_idx):
+            return cast(tuple[int, int], super().get_mask_sizes(query_length, layer_idx))  # type: ignore[misc]
+        return self.past + query_length, 0
+
+
+class SpanCache(_Past, DynamicCache):  # type: ignore[misc]  # transformers has no types
+    """The KV cache of a span's blocks: one layer a block (LongCat-Flash: two), in the order of the blocks."""
 
 
 class View:
     """A runnable stack of blocks. Not thread-safe: the compute thread alone calls it."""
 
-    def __init__(self, model: nn.Module, span: Span, parts: Parts) -> None:
-        self.model = model.eval()
+    def __init__(self, model: nn.Module, span: Span, parts: Parts, config: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
         self.span = span
         self.parts = parts
+        self._config = config
+        self._hidden_size = int(config.hidden_size)
+        self._given: torch.Tensor | None = None
+        self._taken: torch.Tensor | None = None
+        blocks = cast(nn.ModuleList, model.get_submodule(parts.layers))
+        blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        blocks[-1].register_forward_hook(self._leave)
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for this view's blocks."""
-        return DynamicCache(config=self.model.config)
+        own = OWN_CACHES.get(self._config.model_type)
+        if own is not None:
+            module = sys.modules[type(self.model).__module__]
+            return type(own, (_Past, getattr(module, own)), {})()
+        layers = DynamicCache(config=self._config).layers
+        each = len(layers) // n_blocks(self._config)
+        cache = SpanCache()
+        cache.layers = layers[self.span.start * each : self.span.end * each]
+        cache.layer_class_to_replicate = None
+        return cache
 
-    def forward(self, hidden_BTD: torch.Tensor, position: int = 0, cache: DynamicCache | None = None) -> torch.Tensor:
-        """Run the blocks. `position`: tokens before these in every row. Rows are right-padded: a
-        causal mask is all that real tokens need, padding only ever follows them."""
-        time = hidden_BTD.shape[1]
-        positions_1T = torch.arange(position, position + time, device=hidden_BTD.device).unsqueeze(0)
-        output = self.model(
-            inputs_embeds=hidden_BTD,
-            position_ids=positions_1T,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return cast(torch.Tensor, output.last_hidden_state)
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        position: int = 0,
+        cache: Any = None,
+        *,
+        mask_BS: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the blocks: hidden states [B, T, width] in and out.
 
+        position: cached columns before these, the same for every row. mask_BS: [B, position + T], 0 on
+        padding columns, or None if there are none to the left (padding to the right needs no
+        mask: nothing real attends to what follows it); with four dimensions it is taken as it is.
+        positions_BT: position ids, else position, position + 1, …
+        """
+        if positions_BT is None:
+            time = hidden_BTD.shape[1]
+            positions_BT = torch.arange(position, position + time, device=hidden_BTD.device).unsqueeze(0)
+        if isinstance(cache, _Past):
+            cache.past = position
+        self._given = hidden_BTD
+        try:
+            self.model(
+                inputs_embeds=hidden_BTD[..., : self._hidden_size],
+                attention_mask=mask_BS,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+            return cast(torch.Tensor, self._taken).flatten(2)
+        finally:
+            self._given = self._taken = None
 
-def skeleton_of(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> nn.Module:
-    """The base model cut to a span: parameters on meta, buffers real."""
-    config = copy.deepcopy(checkpoint.config)
-    parts = Parts.of(config)
-    total = n_blocks(config)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModel.from_config(config, dtype=dtype)
-    layers = getattr(model, parts.layers)
-    kept = nn.ModuleList(layers[i] for i in range(span.start, span.end))
-    for module in kept.modules():
-        if hasattr(module, "layer_idx"):
-            cast(Any, module).layer_idx -= span.start
-    setattr(model, parts.layers, kept)
-    setattr(model, parts.embed, None)
-    setattr(model, parts.norm, nn.Identity())
-    # Masks and caches are made from per-layer lists such as `layer_types`.
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == total:
-            setattr(config, name, value[span.start : span.end])
-    config.num_hidden_layers = len(span)
-    model.config = config
-    return cast(nn.Module, model.requires_grad_(False))
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the first block: the hidden states as they came, whatever the base model made of them."""
+        if self._given is None:
+            return None
+        if args:
+            return (self._given.reshape(args[0].shape), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._given.reshape(kwargs["hidden_states"].shape)}
 
-
-def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in the place of a module's meta parameters, sharing their storage."""
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if self._given is not None:
+            self._taken = output if isinstance(output, torch.Tensor) else output[0]
 
 
 def base_prefix(checkpoint: Checkpoint) -> str:
-    """What checkpoint names carry before the base model's own names: `model.`, or nothing."""
-    layers = Parts.of(checkpoint.config).layers + "."
-    for name in checkpoint.tensors:
-        at = name.find(layers)
-        if at == 0 or (at > 0 and name[at - 1] == "."):
-            return name[:at]
-    raise UnsupportedModel(f"the checkpoint {checkpoint.name} has no tensor of a block '{layers}0'")
+    """What the whole model's names carry before the base model's own: `model.`. Raises UnsupportedModel."""
+    return f"{whole_of(checkpoint, torch.float32).model.base_model_prefix}."
 
 
-class Head:
-    """Token embedding, final norm and LM head: what a client or a pipeline's lead holds."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises UnsupportedModel, CorruptData, OutOfMemory."""
-        self.dtype = dtype
-        self.device = device
-        parts = Parts.of(checkpoint.config)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
-        prefix = base_prefix(checkpoint)
-        embed = model.get_input_embeddings()
-        norm = getattr(model.base_model, parts.norm)
-        lm_head = model.get_output_embeddings()
-        tied = bool(checkpoint.config.tie_word_embeddings)
-        modules = {f"{prefix}{parts.embed}": embed, f"{prefix}{parts.norm}": norm}
-        if not tied:
-            modules[_lm_head_name(checkpoint, prefix)] = lm_head
-        names = [f"{path}.{leaf}" for path, module in modules.items() for leaf, _ in module.named_parameters()]
-        try:
-            loaded = checkpoint.load(names, dtype, device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"the embedding and LM head do not fit on {device}") from error
-        for path, module in modules.items():
-            assign(module, {leaf: loaded[f"{path}.{leaf}"] for leaf, _ in list(module.named_parameters())})
-        if tied:
-            lm_head.weight = embed.weight
-        self._embed = embed.requires_grad_(False)
-        self._norm = norm.requires_grad_(False).to(device)
-        self._lm_head = lm_head
-
-    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, T] to hidden states [B, T, D]."""
-        return cast(torch.Tensor, self._embed(ids_BT.to(self.device)))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] after the last block to logits [..., V]."""
-        return cast(torch.Tensor, self._lm_head(self._norm(hidden)))
-
-
-def _lm_head_name(checkpoint: Checkpoint, prefix: str) -> str:
-    """Where a checkpoint keeps its LM head: `lm_head` in most families, `embed_out` in GPT-NeoX."""
-    if "lm_head.weight" in checkpoint.tensors:
-        return "lm_head"
-    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
-    found = [
-        name.removesuffix(".weight")
-        for name, entry in checkpoint.tensors.items()
-        if not name.startswith(prefix) and name.endswith(".weight") and entry.shape == shape
-    ]
-    if len(found) != 1:
-        raise UnsupportedModel(f"cannot tell which tensor of {checkpoint.name} is the LM head")
-    return found[0]
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> list[int]:
+    """Bytes of each block at a dtype, from the tensor table alone. Raises UnsupportedModel."""
+    whole = whole_of(checkpoint, dtype)
+    sizes = [0] * n_blocks(checkpoint.config)
+    for recipe in whole.recipes:
+        block = whole.block_of(recipe.target)
+        if block is not None:
+            entries = (checkpoint.tensors[name] for name, _ in recipe.sources)
+            sizes[block] += sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize
+    return sizes

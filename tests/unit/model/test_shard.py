@@ -130,10 +130,11 @@ def test_what_cannot_be_loaded_says_so(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_known_plan_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config
+    from transformers import GPTJConfig
 
-    AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="gpt2"):
+    small = GPTJConfig(n_layer=2, n_embd=16, n_head=2, rotary_dim=4, vocab_size=16, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="gptj"):
         Shard(Checkpoint.open(str(tmp_path)), Span(0, 1), torch.float32, CPU)
 
 
