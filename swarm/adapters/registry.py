@@ -14,22 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 from torch import nn
 
 from swarm.adapters import lora
+from swarm.adapters.peft_files import CONFIG_FILE, MAX_ADAPTER_BYTES, WEIGHTS_FILE, read_adapter, read_lora
 from swarm.config import LoraMethod
-from swarm.errors import CodecError, UnsupportedModel
 from swarm.ids import Span, block_of, key_order
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.shard import Parts, View, base_prefix, n_blocks, skeleton_of
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_ADAPTER_BYTES = 4 * 1024**3
+__all__ = [
+    "CONFIG_FILE",
+    "MAX_ADAPTER_BYTES",
+    "WEIGHTS_FILE",
+    "ModelAdapters",
+    "Parameters",
+    "get_values",
+    "read_adapter",
+    "set_values",
+]
 
 Parameters = dict[str, NDArray[np.float32]]
 
@@ -43,6 +47,7 @@ class ModelAdapters:
         self._all = Span(0, n_blocks(checkpoint.config))
         self._shapes: dict[LoraMethod, dict[str, tuple[int, ...]]] = {}
         self._base = f"{base_prefix(checkpoint)}{self._parts.layers}."
+        self._linears: frozenset[str] | None = None
 
     def shapes(self, method: LoraMethod) -> dict[str, tuple[int, ...]]:
         """Key and shape of every trainable tensor of the whole model. Raises UnsupportedModel."""
@@ -70,7 +75,7 @@ class ModelAdapters:
         self, method: LoraMethod, params: Mapping[str, NDArray[np.float32]], model_name: str
     ) -> dict[str, bytes]:
         """PEFT's files, by name, for parameters of the whole model."""
-        config = lora.peft_config(method, lora.target_names(self._blocks(), method))
+        config = lora.peft_config(method, self._blocks())
         config.base_model_name_or_path = model_name
         config.inference_mode = True
         settings = config.to_dict()
@@ -81,23 +86,20 @@ class ModelAdapters:
             WEIGHTS_FILE: save_safetensors(weights, metadata={"format": "pt"}),
         }
 
-    def load(self, files: Mapping[str, bytes], span: Span) -> tuple[LoraMethod, Parameters]:
-        """Read PEFT's files and keep the span's part.
+    def load(self, files: Mapping[str, bytes], span: Span) -> tuple[lora.LoraAdapter, Parameters]:
+        """Read a LoRA adapter in PEFT's format and keep the span's part: what `AdapterBank.add` takes.
 
-        Raises CodecError (files that do not parse) and UnsupportedModel (an adapter of another
-        method, or for another model).
+        The part is empty if the adapter leaves these blocks alone. Raises CodecError (files that do not
+        parse, values that are no numbers) and UnsupportedModel (another method, a setting that cannot be
+        served, or an adapter for another model).
         """
-        method = _read_config(files[CONFIG_FILE])
-        try:
-            tensors = load_safetensors(files[WEIGHTS_FILE])
-        except SafetensorError as error:
-            raise CodecError("the adapter's weights are not a safetensors file") from error
-        found = {lora.key_of(name, self._base): array for name, array in tensors.items()}
-        expected = self.shapes(method)
-        if {key: array.shape for key, array in found.items()} != expected:
-            raise UnsupportedModel("the adapter's tensors do not fit this model")
-        wanted = self.span_shapes(method, span)
-        return method, {key: found[key].astype(np.float32) for key in wanted}
+        if self._linears is None:
+            self._linears = frozenset(lora.linears(self._blocks(), self._all))
+        # Trained on the base model alone, an adapter's names lack the prefix of the whole model.
+        bases = (self._base, f"{self._parts.layers}.")
+        scales, tensors = read_lora(files, self._linears, self._base, lambda name: lora.key_of(name, bases), span)
+        ordered = sorted(tensors, key=key_order)
+        return lora.LoraAdapter(scales), {key: tensors[key].numpy() for key in ordered}
 
     def _blocks(self) -> Any:
         # On meta: costs modules, not memory.
@@ -114,16 +116,3 @@ def set_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, NDAr
 def get_values(parameters: Mapping[str, nn.Parameter]) -> Parameters:
     """Copies of attached parameters as float32 arrays on the CPU."""
     return {key: p.detach().to("cpu", torch.float32).numpy().copy() for key, p in parameters.items()}
-
-
-def _read_config(data: bytes) -> LoraMethod:
-    try:
-        raw = json.loads(data)
-        if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-            raise UnsupportedModel("the adapter is not a LoRA adapter")
-        special = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if raw.get(name)]
-        if special:
-            raise UnsupportedModel(f"the adapter uses {', '.join(special)}, which is not served yet")
-        return LoraMethod(r=raw["r"], alpha=raw["lora_alpha"], targets=tuple(raw["target_modules"]))
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CodecError("the adapter's configuration does not parse") from error

@@ -48,8 +48,7 @@ def swarm_logits(folder: Path, files: dict[str, bytes] | None, ids: torch.Tensor
         for span in (Span(0, 1), Span(1, 4)):
             view = shard.view(span)
             if files is not None:
-                method, values = adapters.load(files, span)
-                set_values(adapters.attach(view, method), values)
+                set_values(adapters.attach(view, METHOD), adapters.load(files, span)[1])
             hidden = view.forward(hidden)
         return head.logits(hidden)
 
