@@ -127,9 +127,13 @@ class Holdings:
         # A checkpoint that came by a seal passes it on.
         self._seal: Seal | None = getattr(checkpoint.source, "seal", None)
         self._folder: Path | None = None
+        self._described: tuple[Seal | None, bytes] | None = None
 
     def describe(self) -> bytes:
         """The description. Raises ModelNotFound where the small files cannot be had."""
+        seal = self._seal
+        if self._described is not None and self._described[0] is seal:
+            return self._described[1]
         source = self.checkpoint.source
         files = {}
         for name in SMALL_FILES:
@@ -137,7 +141,9 @@ class Holdings:
                 content = path.read_bytes()
                 files[name] = (len(content), hashlib.sha256(content).digest())
         first = source.first_bytes(sampled(source.tensors), SAMPLED_BYTES)
-        return Description(source.tensors, first, files, self.checkpoint.tokenizer_hash, self._seal).serialize()
+        description = Description(source.tensors, first, files, self.checkpoint.tokenizer_hash, seal)
+        self._described = seal, description.serialize()
+        return self._described[1]
 
     def _small(self, name: str) -> Path | None:
         if self._folder is None:

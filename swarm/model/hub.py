@@ -84,7 +84,7 @@ class HubSource:
         self._table = table
         self._folder = cache / revision
         self._parts = PartStore(self._folder)
-        self._whole: dict[str, tuple[Path, dict[str, TensorEntry]]] = {}
+        self._whole: dict[str, Path] = {}
 
     @classmethod
     def open(cls, model: str, revision: str | None, cache: Path) -> HubSource:
@@ -140,16 +140,16 @@ class HubSource:
         return self._parts.local(_part(name, entry), name)
 
     def _cached_file(self, file: str) -> Path | None:
-        """A file that lies whole in the hub's cache, its header checked once. Raises CorruptData."""
+        """A file that lies whole in the hub's cache; its header is checked once. Raises CorruptData."""
         if file not in self._whole:
             found = try_to_load_from_cache(self.name, file, revision=self.revision)
             if not isinstance(found, str):
                 return None
-            path = Path(found)
-            if path.stat().st_size != self._sizes[file]:
-                raise CorruptData(f"{path} has another size than on the hub", f"remove {path.resolve()}")
-            self._whole[file] = (path, read_header(path))
-        return self._whole[file][0]
+            table = read_header(Path(found))
+            if any(table.get(n) != entry for n, entry in self.tensors.items() if entry.file == file):
+                raise CorruptData(f"{found} is not the file the hub has", f"remove {Path(found).resolve()}")
+            self._whole[file] = Path(found)
+        return self._whole[file]
 
     def ensure(self, names: Collection[str]) -> None:
         by_file: dict[str, list[str]] = {}
@@ -185,8 +185,10 @@ class HubSource:
         self._parts.fill(part, layout, stretches)
 
     def _stream(self, file: str, start: int, end: int) -> Iterator[bytes]:
-        for _, data in stream(self.name, self.revision, file, start, end, self._sizes[file]):
-            yield data
+        # Inside, since these errors are OSErrors, which a writer would take for those of its disk.
+        with _asking(self.name):
+            for _, data in stream(self.name, self.revision, file, start, end, self._sizes[file]):
+                yield data
 
 
 def stream(

@@ -21,16 +21,18 @@ import structlog
 from swarm.errors import (
     BlocksMissing,
     CorruptData,
+    ModelNotFound,
     PeerLost,
     ProtocolError,
     StorageError,
     SwarmError,
     UnverifiedWeights,
 )
-from swarm.model.checkpoint import Checkpoint, default_cache
+from swarm.model.checkpoint import Checkpoint, default_cache, open_for
 from swarm.model.holdings import Description, manifest_hash
 from swarm.model.parts import PartStore, Stretch, lay_out
 from swarm.model.sources import MAX_INDEX_BYTES, Located, TensorEntry, block_of, part_of
+from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer
 from swarm.net.vouching import (
     MAX_ASKED,
@@ -39,6 +41,7 @@ from swarm.net.vouching import (
     kept_description,
     listed,
     require_agreement,
+    swarm_holders,
 )
 from swarm.net.weights import Ask, Holder
 from swarm.wire.v1 import weights_pb2 as pb
@@ -72,6 +75,23 @@ async def open_from_peers(
         description = await fetch_description(peer, await find(None), model_hash, seal_hash, witnesses, folder)
     source = PeerSource(name or str(folder), folder, description, peer, find, model_hash, seal_hash, witnesses)
     return await asyncio.to_thread(Checkpoint, source)
+
+
+async def open_or_fetch(
+    peer: Peer, join: JoinInfo, override: str = "", *, seal_hash: bytes = b"", witnesses: int = WITNESSES
+) -> Checkpoint:
+    """The model of a join string: as this machine finds it (at `override` if given), else from the swarm.
+
+    Raises what `open_for` and `open_from_peers` raise.
+    """
+    try:
+        return await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, override)
+    except ModelNotFound as error:
+        if override:
+            raise
+        log.warning("model_from_peers", model=join.model, reason=error.cause)
+    find = swarm_holders(peer, join)
+    return await open_from_peers(peer, find, join.model_hash, name=join.model, seal_hash=seal_hash, witnesses=witnesses)
 
 
 class PeerSource:
@@ -208,6 +228,9 @@ class PeerSource:
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the peer's loop and wait."""
+        if self._on_loop():
+            work.close()
+            raise RuntimeError("weights from peers are loaded off the event loop")
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result(_GUARD_S)
         except TimeoutError as error:
@@ -215,6 +238,12 @@ class PeerSource:
         except RuntimeError as error:  # the loop ended while weights were loading
             work.close()
             raise PeerLost("this process is stopping") from error
+
+    def _on_loop(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
 
 
 class _Reading:

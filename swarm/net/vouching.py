@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from swarm.errors import CorruptData, ModelMismatch, ModelNotFound, StorageError
 from swarm.model.checkpoint import fingerprint, read_config
 from swarm.model.holdings import MAX_FILE_BYTES, Description
 from swarm.model.parts import write_whole
-from swarm.model.sources import MAX_INDEX_BYTES
+from swarm.model.sources import MAX_INDEX_BYTES, SMALL_FILES
 from swarm.model.tokens import tokenizer_hash
 from swarm.net.discovery import snapshot
 from swarm.net.join import JoinInfo
@@ -124,11 +125,21 @@ async def _files(
 
 
 def _keep(folder: Path, files: Mapping[str, bytes], description: Description, model_hash: bytes) -> None:
-    """Write what was verified; the description last, as the sign that the rest is there."""
-    (folder / _DESCRIPTION).unlink(missing_ok=True)
+    """Verify, then write; the description last, as the sign that the rest is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Elsewhere first: nothing of a holder that is then refused may stay beside what another gives.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+            for name, content in files.items():
+                (Path(new) / name).write_bytes(content)
+            _verify(Path(new), description, model_hash)
+        (folder / _DESCRIPTION).unlink(missing_ok=True)
+        for name in set(SMALL_FILES) - files.keys():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}", "free disk space there") from error
     for name, content in files.items():
         write_whole(folder / name, content)
-    _verify(folder, description, model_hash)
     write_whole(folder / _DESCRIPTION, description.serialize())
 
 

@@ -40,6 +40,7 @@ _STREAMS = 4
 """Readers at once: each may keep a disk and the uplink busy."""
 _REQUEST_TIMEOUT_S = 60.0
 _SEND_TIMEOUT_S = 60.0
+_TURN_AWAY_TIMEOUT_S = 5.0
 _RECEIVE_TIMEOUT_S = 30.0
 _HASHING_TIMEOUT_S = 120.0
 """Of a first manifest: the holder may have to read a block of several GB from a slow disk."""
@@ -130,6 +131,15 @@ async def _pieces(content: Content, offset: int) -> AsyncIterator[bytes]:
 async def _refuse(stream: FrameStream[pb.WeightsFrame], error: SwarmError) -> None:
     async with asyncio.timeout(_SEND_TIMEOUT_S):
         await stream.send(pb.WeightsFrame(error=common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix)))
+
+
+async def _turn_away(stream: FrameStream[pb.WeightsFrame], error: SwarmError) -> None:
+    """Refuse and let the reader close: a stream closed under an unread request may lose the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_TURN_AWAY_TIMEOUT_S):
+            if await stream.receive() is not None:
+                await _refuse(stream, error)
+                await stream.receive()
 
 
 class Ask:

@@ -15,7 +15,9 @@ import torch
 from hub_lookalike import TOKEN, Lookalike, Repo, running_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from swarm.errors import CorruptData, ModelNotFound, NetworkError, ProtocolError, UnsupportedModel
 from swarm.ids import Span
@@ -52,8 +54,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     model = AutoModelForCausalLM.from_config(CONFIG)
     model.save_pretrained(root / "single")
     model.save_pretrained(root / "sharded", max_shard_size="5MB")
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
     for folder in ("single", "sharded"):
-        (root / folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(root / folder)
     AutoModelForCausalLM.from_config(CONFIG).save_pretrained(root / "older")
     return Folders(root / "single", root / "sharded", root / "older")
 
@@ -128,6 +131,31 @@ def test_a_second_start_downloads_nothing(
     assert len(hub.requests) == before + 1
     with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
         opened(tmp_path, "v1")
+
+
+def test_configuration_and_tokenizer_come_and_stay(
+    hub: Lookalike, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = opened(tmp_path)
+    assert first.config.hidden_size == CONFIG.hidden_size
+    assert first.tokenizer().encode("hello") == [1]
+    assert hub.body_bytes(".safetensors") < 0.05 * weights(folders.sharded)
+    before = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = opened(tmp_path)
+    assert again.tokenizer().encode("hello") == [1]
+    assert again.config.hidden_size == CONFIG.hidden_size
+    with pytest.raises(ModelNotFound, match="offline"):
+        Shard(again, Span(0, 1), torch.float32, CPU)
+    assert len(hub.requests) == before
+
+
+def test_a_token_that_is_withdrawn_is_named(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
+    hub.repos[MODEL].commits[COMMIT] = folders.single
+    checkpoint = opened(tmp_path)
+    hub.repos[MODEL].gated = True
+    with pytest.raises(ModelNotFound, match="gated"):
+        Shard(checkpoint, Span(0, 1), torch.float32, CPU)
 
 
 def test_revisions_by_branch_and_by_commit(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
