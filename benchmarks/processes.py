@@ -48,7 +48,17 @@ class Side:
                 # Ctrl-C reaches the parent alone, which then ends its children in order.
                 start_new_session=True,
             )
+        self.ready: Json = {}
+        """What the child said first."""
         stack.callback(self._stop)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def wait(self) -> None:
+        """Until the child has ended."""
+        self._popen.wait()
 
     def hear(self) -> Json:
         """The child's next line. Raises RuntimeError with the end of its log if it ended instead."""
@@ -56,7 +66,9 @@ class Side:
         line = self._popen.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
-        return dict(json.loads(line))
+        message = dict(json.loads(line))
+        self.ready = self.ready or message
+        return message
 
     def ask(self, request: Json) -> Json:
         assert self._popen.stdin is not None
@@ -72,6 +84,7 @@ class Side:
     def _stop(self) -> None:
         assert self._popen.stdin is not None
         self._popen.stdin.close()
+        self._popen.send_signal(signal.SIGCONT)
         self._popen.send_signal(signal.SIGTERM)
         try:
             self._popen.wait(_STOP_TIMEOUT_S)
@@ -81,20 +94,31 @@ class Side:
 
 
 def start_swarm(
-    stack: ExitStack, root: Path, model: Path, spans: Sequence[str], threads: int
+    stack: ExitStack, root: Path, model: Path, spans: Sequence[str], threads: int, options: Sequence[str] = ()
 ) -> tuple[str, list[Side]]:
     """`swarm bootstrap start` and one `swarm node start` a span; returns the join string and the nodes."""
-
-    def start(name: str, *command: str) -> Side:
-        return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", str(root / name)], root, {})
-
-    bootstrap = start("bootstrap", "bootstrap", "start", "--model", str(model), "--port", "0")
+    bootstrap = _start(stack, root, "bootstrap", "bootstrap", "start", "--model", str(model), "--port", "0")
     join = str(bootstrap.hear()["join"])
-    options = ("--join", join, "--dtype", "float32", "--threads", str(threads))
-    nodes = [start(f"node-{span.replace(':', '-')}", "node", "start", "--blocks", span, *options) for span in spans]
+    nodes = [
+        start_node(stack, root, f"node-{number}-{span.replace(':', '-')}", join, span, threads, options)
+        for number, span in enumerate(spans)
+    ]
     for node in nodes:
         node.hear()
     return join, nodes
+
+
+def start_node(
+    stack: ExitStack, root: Path, name: str, join: str, span: str, threads: int, options: Sequence[str] = ()
+) -> Side:
+    """A node that is not waited for: `hear` its first line. Later `options` win."""
+    usual = ("--join", join, "--blocks", span, "--threads", str(threads))
+    dtype = () if "--dtype" in options else ("--dtype", "float32")
+    return _start(stack, root, name, "node", "start", *usual, *dtype, *options)
+
+
+def _start(stack: ExitStack, root: Path, name: str, *command: str) -> Side:
+    return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", str(root / name)], root, {})
 
 
 async def answer(handle: Callable[[Json], Awaitable[Json]], **ready: object) -> None:
