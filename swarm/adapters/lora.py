@@ -48,8 +48,8 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """In and out features of a linear layer, quantized ones and GPT-2's `Conv1D` included; None for another module."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
-    weight = getattr(module, "weight", None)
-    stacked = isinstance(weight, torch.Tensor) and weight.ndim > 2
+    weight = module._parameters.get("weight")  # as an attribute, a quantized layer would widen its weight
+    stacked = weight is not None and weight.ndim > 2
     if stacked or isinstance(module, nn.Bilinear) or type(module).__name__.endswith(_NOT_PLAIN):
         return None
     into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
