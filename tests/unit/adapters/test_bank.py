@@ -22,6 +22,7 @@ from swarm.config import LoraMethod
 from swarm.errors import AdapterNotFound, UnsupportedModel
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.quantize import QuantizedLinear, quantize_weight
 from swarm.model.shard import Head, Shard, View
 
 CPU = torch.device("cpu")
@@ -235,12 +236,8 @@ def test_gradients_flow_to_the_input_through_a_mixed_batch(llama: Bench) -> None
         torch.testing.assert_close(hidden_BTD.grad[row], alone.grad[0], rtol=1e-4, atol=1e-4)
 
 
-class Subclass(nn.Linear):
-    """As a linear that reads ahead, or keeps its weights elsewhere."""
-
-
 class Narrow(nn.Module):
-    """As a quantized linear: no `nn.Linear`, no `weight`."""
+    """A linear layer that is no `nn.Linear` and has no `weight`."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
@@ -253,17 +250,23 @@ class Narrow(nn.Module):
 
 def test_other_kinds_of_linear_layers(llama: Bench) -> None:
     block: Any = llama.view.model.get_submodule("layers.1")
-    block.self_attn.q_proj.__class__ = Subclass
-    block.mlp.down_proj = Narrow(block.mlp.down_proj)
-    plain = run(llama.view, torch.ones(2, 3, 24))
+    q_proj, down_proj = block.self_attn.q_proj, block.mlp.down_proj
+    block.mlp.down_proj = Narrow(down_proj)
+    block.self_attn.q_proj = QuantizedLinear(quantize_weight(q_proj.weight.detach(), "int8"), None, torch.float32)
+    hidden_BTD = torch.randn(2, 3, 24)
+    plain = run(llama.view, hidden_BTD)
     llama.fill()
     assert isinstance(block.self_attn.q_proj, BankedModule)
-    assert isinstance(block.self_attn.q_proj.inner, Subclass)
+    assert isinstance(block.self_attn.q_proj.inner, QuantizedLinear)
     assert (block.mlp.down_proj.in_features, block.mlp.down_proj.out_features) == (40, 24)
     assert block.self_attn.q_proj.weight.shape == (24, 24)
     assert not hasattr(block.mlp.down_proj, "weight")
-    assert torch.equal(run(llama.view, torch.ones(2, 3, 24), llama.bank, [BASE, BASE]), plain)
-    assert not close(run(llama.view, torch.ones(2, 3, 24), llama.bank, IDS[:2]), plain)
+    assert torch.equal(run(llama.view, hidden_BTD, llama.bank, [BASE, BASE]), plain)
+    mixed = run(llama.view, hidden_BTD, llama.bank, IDS[:2])
+    assert not close(mixed, plain)
+    for row in range(2):
+        alone = run(llama.view, hidden_BTD[row : row + 1], llama.bank, IDS[row : row + 1])
+        torch.testing.assert_close(mixed[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(llama: Bench) -> None:
