@@ -25,21 +25,25 @@ _sym_db = _symbol_database.Default()
 from swarm.wire.v1 import common_pb2 as swarm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16swarm/v1/records.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"z\n\nSpanRecord\x12\x1c\n\x04span\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x02 \x03(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\"o\n\rAdapterRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\"\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x13.swarm.v1.FileEntry\x12\r\n\x05\x61\x64\x64rs\x18\x05 \x03(\t\"\x91\x01\n\tBlobFrame\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x15.swarm.v1.BlobRequestH\x00\x12\x0e\n\x04size\x18\x02 \x01(\x04H\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x12 \n\x05piece\x18\x04 \x01(\x0b\x32\x0f.swarm.v1.PieceH\x00\x42\x06\n\x04kind\"-\n\x0b\x42lobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x07\n\x05Pieceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16swarm/v1/records.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"\xdf\x03\n\nSpanRecord\x12\x1c\n\x04span\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\r\n\x05\x61\x64\x64rs\x18\x02 \x03(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x14\n\x0cquantization\x18\x08 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_s_per_block\x18\t \x01(\x02\x12\x1b\n\x13\x64\x65\x63ode8_s_per_block\x18\n \x01(\x02\x12\x1c\n\x14prefill_tokens_per_s\x18\x0b \x01(\x02\x12\x18\n\x10link_bytes_per_s\x18\x0c \x01(\x02\x12\x15\n\rkv_free_bytes\x18\r \x01(\x04\x12\x16\n\x0ekv_total_bytes\x18\x0e \x01(\x04\x12\r\n\x05queue\x18\x0f \x01(\r\x12\x10\n\x08\x62\x61tching\x18\x10 \x01(\t\x12\r\n\x05\x65poch\x18\x11 \x01(\x04\x12\x11\n\tsettled_s\x18\x12 \x01(\x02\x12\x0e\n\x06pinned\x18\x13 \x01(\x08\x12!\n\tnext_span\x18\x14 \x01(\x0b\x32\x0e.swarm.v1.Span\x12\'\n\nneighbours\x18\x15 \x03(\x0b\x32\x13.swarm.v1.Neighbour\",\n\tNeighbour\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0e\n\x06rtt_ms\x18\x02 \x01(\x02\"o\n\rAdapterRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\"\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x13.swarm.v1.FileEntry\x12\r\n\x05\x61\x64\x64rs\x18\x05 \x03(\t\"\x91\x01\n\tBlobFrame\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x15.swarm.v1.BlobRequestH\x00\x12\x0e\n\x04size\x18\x02 \x01(\x04H\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x12 \n\x05piece\x18\x04 \x01(\x0b\x32\x0f.swarm.v1.PieceH\x00\x42\x06\n\x04kind\"-\n\x0b\x42lobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x07\n\x05Piece\"\x1b\n\tPingFrame\x12\x0e\n\x06number\x18\x01 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarm.v1.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPANRECORD']._serialized_start=59
-  _globals['_SPANRECORD']._serialized_end=181
-  _globals['_ADAPTERRECORD']._serialized_start=183
-  _globals['_ADAPTERRECORD']._serialized_end=294
-  _globals['_BLOBFRAME']._serialized_start=297
-  _globals['_BLOBFRAME']._serialized_end=442
-  _globals['_BLOBREQUEST']._serialized_start=444
-  _globals['_BLOBREQUEST']._serialized_end=489
-  _globals['_PIECE']._serialized_start=491
-  _globals['_PIECE']._serialized_end=498
+  _globals['_SPANRECORD']._serialized_start=60
+  _globals['_SPANRECORD']._serialized_end=539
+  _globals['_NEIGHBOUR']._serialized_start=541
+  _globals['_NEIGHBOUR']._serialized_end=585
+  _globals['_ADAPTERRECORD']._serialized_start=587
+  _globals['_ADAPTERRECORD']._serialized_end=698
+  _globals['_BLOBFRAME']._serialized_start=701
+  _globals['_BLOBFRAME']._serialized_end=846
+  _globals['_BLOBREQUEST']._serialized_start=848
+  _globals['_BLOBREQUEST']._serialized_end=893
+  _globals['_PIECE']._serialized_start=895
+  _globals['_PIECE']._serialized_end=902
+  _globals['_PINGFRAME']._serialized_start=904
+  _globals['_PINGFRAME']._serialized_end=931
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class SpanRecord(_message.Message):
-    """Key "span/<model hash>", subkey = peer id; signed by that peer, expires."""
+    """Key "span/<model hash>", subkey = peer id + "/span"; signed by that peer, expires within seconds.
+    At most 4 KiB. Speeds are what the node measured of itself; 0 means not measured.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -31,16 +33,64 @@ class SpanRecord(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    DECODE_S_PER_BLOCK_FIELD_NUMBER: _builtins.int
+    DECODE8_S_PER_BLOCK_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    KV_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SETTLED_S_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    NEXT_SPAN_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
     dtype: _builtins.str
+    """of activations and of weights that are not quantized"""
     sessions: _builtins.int
     state: _builtins.str
-    """"serving" or "draining" """
+    """choosing, joining, serving or draining: see swarm.net.view.NodeStatus"""
     version: _builtins.str
     """release of the software"""
+    reason: _builtins.str
+    """why it is in that state, for people"""
+    quantization: _builtins.str
+    """none, int8, int4 or nf4"""
+    decode_s_per_block: _builtins.float
+    """one decode step of one row"""
+    decode8_s_per_block: _builtins.float
+    """one decode step of eight rows together"""
+    prefill_tokens_per_s: _builtins.float
+    """through the whole span"""
+    link_bytes_per_s: _builtins.float
+    """to its neighbours, the median"""
+    kv_free_bytes: _builtins.int
+    kv_total_bytes: _builtins.int
+    queue: _builtins.int
+    """sessions that wait for admission"""
+    batching: _builtins.str
+    """rows: sessions' steps run together; one: in turn"""
+    epoch: _builtins.int
+    """grows with every start and every move: an older epoch's caches are gone"""
+    settled_s: _builtins.float
+    """how long it has served this span"""
+    pinned: _builtins.bool
+    """its volunteer chose the span, or a job uses it: it does not move"""
     @_builtins.property
     def span(self) -> _common_pb2.Span: ...
     @_builtins.property
     def addrs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def next_span(self) -> _common_pb2.Span:
+        """it is about to move there, or on the way"""
+
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
+        """at most 16"""
+
     def __init__(
         self,
         *,
@@ -50,14 +100,51 @@ class SpanRecord(_message.Message):
         sessions: _builtins.int = ...,
         state: _builtins.str = ...,
         version: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        decode_s_per_block: _builtins.float = ...,
+        decode8_s_per_block: _builtins.float = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        link_bytes_per_s: _builtins.float = ...,
+        kv_free_bytes: _builtins.int = ...,
+        kv_total_bytes: _builtins.int = ...,
+        queue: _builtins.int = ...,
+        batching: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        settled_s: _builtins.float = ...,
+        pinned: _builtins.bool = ...,
+        next_span: _common_pb2.Span | None = ...,
+        neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["span", b"span"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_span", b"next_span", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "dtype", b"dtype", "sessions", b"sessions", "span", b"span", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "batching", b"batching", "decode8_s_per_block", b"decode8_s_per_block", "decode_s_per_block", b"decode_s_per_block", "dtype", b"dtype", "epoch", b"epoch", "kv_free_bytes", b"kv_free_bytes", "kv_total_bytes", b"kv_total_bytes", "link_bytes_per_s", b"link_bytes_per_s", "neighbours", b"neighbours", "next_span", b"next_span", "pinned", b"pinned", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quantization", b"quantization", "queue", b"queue", "reason", b"reason", "sessions", b"sessions", "settled_s", b"settled_s", "span", b"span", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SpanRecord: _TypeAlias = SpanRecord  # noqa: Y015
+
+@_typing.final
+class Neighbour(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    RTT_MS_FIELD_NUMBER: _builtins.int
+    peer_id: _builtins.str
+    rtt_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        peer_id: _builtins.str = ...,
+        rtt_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_id", b"peer_id", "rtt_ms", b"rtt_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Neighbour: _TypeAlias = Neighbour  # noqa: Y015
 
 @_typing.final
 class AdapterRecord(_message.Message):
@@ -167,3 +254,24 @@ class Piece(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Piece: _TypeAlias = Piece  # noqa: Y015
+
+@_typing.final
+class PingFrame(_message.Message):
+    """Stream /swarm/ping/1: each frame is answered by one with its number, the payload by nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PingFrame: _TypeAlias = PingFrame  # noqa: Y015
