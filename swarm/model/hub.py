@@ -65,6 +65,7 @@ _BACKOFF_S = 0.25
 _CONNECTIONS = 8
 _HEADER_GUESS_BYTES = 64 * 1024
 """Most headers fit, so that one request reads a file's table."""
+_TABLE_VERSION = 1
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 log = structlog.get_logger()
 
@@ -166,11 +167,24 @@ class HubSource:
             needed = sum(entry.size for tensors in members.values() for entry in tensors.values())
             with _asking(self.name):
                 if needed >= WHOLE_FILE_SHARE * self._sizes[file]:
-                    hf_hub_download(self.name, file, revision=self.revision)
+                    self._download(file)
                     continue
                 for part, tensors in sorted(members.items()):
                     log.info("fetching", model=self.name, part=part, bytes=sum(e.size for e in tensors.values()))
                     self._fill(part, tensors)
+
+    def _download(self, file: str) -> None:
+        """A whole file into the hub's cache. Connections that are reset begin again, which the library does not do."""
+        log.info("fetching", model=self.name, file=file, bytes=self._sizes[file])
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                hf_hub_download(self.name, file, revision=self.revision)
+                return
+            except httpx.TransportError as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                log.warning("hub_connection_broke", file=file, at=0, reason=reason)
+                time.sleep(_BACKOFF_S * 2**attempt)
+        raise NetworkError(f"the hub stopped sending {self.name}/{file}: {reason}")
 
     def _fill(self, part: str, tensors: dict[str, TensorEntry]) -> None:
         layout = lay_out(tensors)
@@ -268,6 +282,7 @@ def _read_table(model: str, commit: str, names: list[str]) -> dict[str, Any]:
         read_files = dict(zip(wanted, pool.map(read, wanted), strict=True))
     tensors = merge_tables({file: table for file, (_, table) in read_files.items()}, wanted, f"the hub's '{model}'")
     return {
+        "version": _TABLE_VERSION,
         "names": names,
         "sizes": {file: size for file, (size, _) in read_files.items()},
         "tensors": {n: [e.file, e.dtype, e.shape, e.offset, e.size] for n, e in tensors.items()},
@@ -282,7 +297,7 @@ def _cached_table(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise CorruptData(f"cannot read {folder / 'table.json'}: {error}") from error
-    return table if isinstance(table, dict) else None
+    return table if isinstance(table, dict) and table.get("version") == _TABLE_VERSION else None
 
 
 def _known_commit(model: str, revision: str | None, cache: Path) -> str | None:

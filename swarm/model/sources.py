@@ -256,11 +256,14 @@ class FolderSource:
 
     def first_bytes(self, names: Iterable[str], length: int) -> dict[str, bytes]:
         first = {}
-        for name in names:
-            entry = self.tensors[name]
-            with (self._folder / entry.file).open("rb") as file:
-                file.seek(entry.offset)
-                first[name] = file.read(min(length, entry.size))
+        try:
+            for name in names:
+                entry = self.tensors[name]
+                with (self._folder / entry.file).open("rb") as file:
+                    file.seek(entry.offset)
+                    first[name] = file.read(min(length, entry.size))
+        except OSError as error:
+            raise CorruptData(f"cannot read {self._folder}: {error.strerror}") from error
         return first
 
     def ensure(self, names: Collection[str]) -> None:

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from swarm.errors import CorruptData, ModelNotFound, NetworkError, ProtocolError, UnsupportedModel
+from swarm.errors import BlocksMissing, CorruptData, ModelNotFound, NetworkError, ProtocolError, UnsupportedModel
 from swarm.ids import Span
 from swarm.model import hub as hub_module
 from swarm.model.checkpoint import Checkpoint, open_for
+from swarm.model.holdings import Description, Holdings
 from swarm.model.shard import Shard
 
 CPU = torch.device("cpu")
@@ -181,6 +182,40 @@ def test_a_broken_connection_resumes(hub: Lookalike, folders: Folders, tmp_path:
     expected = Shard(Checkpoint.open(str(folders.single)), Span(0, 1), torch.float32, CPU)
     assert all(torch.equal(shard.frozen[name], expected.frozen[name]) for name in shard.frozen)
     assert hub.body_bytes(".safetensors") - before == shard.weight_bytes, "no byte came twice"
+
+
+def test_a_whole_file_survives_a_broken_connection(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
+    hub.repos[MODEL].commits[COMMIT] = folders.single
+    checkpoint = opened(tmp_path)
+    hub.break_after = [5_000_000]
+    shard = Shard(checkpoint, Span(0, 9), torch.float32, CPU)
+    expected = Shard(Checkpoint.open(str(folders.single)), Span(0, 9), torch.float32, CPU)
+    assert all(torch.equal(shard.frozen[name], expected.frozen[name]) for name in shard.frozen)
+    assert not list((tmp_path / "swarm-cache").rglob("part-*")), "it lies in the hub's own cache"
+    hub.break_after = [0] * 99
+    Shard(checkpoint, Span(9, 10), torch.float32, CPU)  # from there, without asking
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_named(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
+    hub.repos[MODEL].commits[COMMIT] = folders.single
+    Shard(opened(tmp_path), Span(0, 9), torch.float32, CPU)
+    (cached,) = (tmp_path / "hf").rglob("snapshots/*/model.safetensors")
+    blob = cached.resolve()
+    blob.write_bytes(blob.read_bytes()[:-100])
+    with pytest.raises(CorruptData, match="cut off"):
+        Shard(opened(tmp_path), Span(0, 1), torch.float32, CPU)
+
+
+def test_ranges_can_be_given_on(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
+    """A node that took its blocks from the hub vouches for them as one with a folder does."""
+    checkpoint = opened(tmp_path)
+    Shard(checkpoint, Span(4, 5), torch.float32, CPU)
+    holdings = Holdings(checkpoint, tmp_path)
+    folder = Holdings(Checkpoint.open(str(folders.single)), tmp_path)
+    assert holdings.manifest("model.layers.4") == folder.manifest("model.layers.4")
+    assert Description.parse(holdings.describe(), "it") == Description.parse(folder.describe(), "it")
+    with pytest.raises(BlocksMissing, match=r"does not hold the tensor 'model\.layers\.9"):
+        holdings.manifest("model.layers.9")
 
 
 def test_what_had_arrived_before_a_crash_is_not_fetched_again(hub: Lookalike, folders: Folders, tmp_path: Path) -> None:
