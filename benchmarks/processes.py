@@ -36,6 +36,7 @@ class Side:
     ) -> None:
         """Starts without waiting; `hear` its first line to know that it is ready."""
         self.name = name
+        logs.mkdir(parents=True, exist_ok=True)
         self._log = logs / f"{name}.log"
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
@@ -70,10 +71,14 @@ class Side:
         self.ready = self.ready or message
         return message
 
-    def ask(self, request: Json) -> Json:
+    def send(self, request: Json) -> None:
+        """Ask without waiting; `hear` the answer."""
         assert self._popen.stdin is not None
         self._popen.stdin.write(json.dumps(request) + "\n")
         self._popen.stdin.flush()
+
+    def ask(self, request: Json) -> Json:
+        self.send(request)
         return self.hear()
 
     def family(self) -> list[psutil.Process]:

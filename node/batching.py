@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from node.fair import FairClock
-from node.serving import NodeModel, ServingSession
+from node.serving import CHUNK_COLUMNS, NodeModel, ServingSession
 from swarm.compute import Compute, Priority, as_out_of_memory
 from swarm.errors import SwarmError
 from swarm.ids import Span
@@ -31,8 +31,6 @@ MOST_ROWS = 64
 """Of a batch; more that are ready take turns."""
 _DECODE_COLUMNS = 16
 """Up to so many columns of few rows count as decoding (speculated tokens), not as a prefill chunk."""
-CHUNK_COLUMNS = 256
-"""A longer step is computed in pieces of so many columns, so that decoding gets its turn between them."""
 
 Packed = tuple[common_pb2.TensorMeta, bytes]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 import torch
@@ -26,6 +27,8 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.rows import prepare_rows, supports_rows
 from swarm.model.shard import Parts, Shard, View, base_prefix, context_length, n_blocks
 
+CHUNK_COLUMNS = 256
+"""A longer step is computed in pieces of so many columns, so that decoding gets its turn between them."""
 _MAX_VIEWS = 8
 _MAX_ADAPTERS = 64
 _LOG_SHARE = 16
@@ -68,6 +71,7 @@ class NodeModel:
     ) -> None:
         """Loads the weights. Raises OutOfMemory, UnsupportedModel, CorruptData."""
         ledger.charge("weights", "shard", span_bytes(checkpoint, span, dtype))
+        ledger.charge("activations", "serving", workspace_bytes(checkpoint.config, dtype))
         self.checkpoint = checkpoint
         self.span = span
         self.shard = Shard(checkpoint, span, dtype, device)
@@ -122,6 +126,14 @@ class ServingSession:
 def log_limit(ledger: Ledger) -> int:
     """Bytes that one session's log of sent activations may take."""
     return ledger.budget_bytes // _LOG_SHARE
+
+
+def workspace_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What computing one prefill chunk takes beside weights and caches: about ten tensors of the hidden
+    and four of the inner width."""
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    return CHUNK_COLUMNS * (10 * hidden + 4 * inner) * dtype.itemsize
 
 
 def span_bytes(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> int:
