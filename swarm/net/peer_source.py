@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +71,9 @@ async def open_from_peers(
 
     Raises ModelNotFound (nobody has it), UnverifiedWeights, StorageError, UnsupportedModel.
     """
-    folder = (cache or default_cache()) / "peers" / model_hash.hex()
+    # What came on agreement alone must not be taken for sealed later: a folder of its own.
+    sealed = f"-sealed-{seal_hash.hex()[:16]}" if seal_hash else ""
+    folder = (cache or default_cache()) / "peers" / f"{model_hash.hex()}{sealed}"
     description = await asyncio.to_thread(kept_description, folder, model_hash, seal_hash)
     if description is None:
         description = await fetch_description(peer, await find(None), model_hash, seal_hash, witnesses, folder)
@@ -194,7 +198,7 @@ class PeerSource:
                 given.setdefault(digest, []).append(holder)
                 manifests[digest] = answer
         if self.seal is not None:
-            expected = self.seal.parts[part]
+            expected = self.seal.parts.get(part, b"")
             for digest in given.keys() - {expected}:
                 log.warning("weights_not_sealed", part=part, peers=[h[0] for h in given[digest]])
             if expected not in given:
@@ -227,17 +231,17 @@ class PeerSource:
             return ProtocolError(f"node {holder[0]} gives a manifest that does not parse: {error}")
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run on the peer's loop and wait."""
+        """Run on the peer's loop and wait. Raises what it raises, and PeerLost if the loop ends."""
         if self._on_loop():
             work.close()
             raise RuntimeError("weights from peers are loaded off the event loop")
+        if self._loop.is_closed():
+            work.close()
+            raise PeerLost("this process is stopping")
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result(_GUARD_S)
-        except TimeoutError as error:
-            raise PeerLost("the event loop of this process does not answer") from error
-        except RuntimeError as error:  # the loop ended while weights were loading
-            work.close()
-            raise PeerLost("this process is stopping") from error
+        except (FutureTimeout, CancelledError) as error:
+            raise PeerLost("this process is stopping, or its event loop does not answer") from error
 
     def _on_loop(self) -> bool:
         try:
