@@ -31,11 +31,11 @@ SETTLE_S = 6.0
 had the same idea is seen."""
 COOLDOWN_S = 120.0
 """A node that just settled stays: loading its weights again costs minutes."""
-MIN_GAIN = 0.1
-"""A plan must raise the swarm's throughput by this share: a swarm is left alone from 91% of what it could be on."""
+MIN_GAIN = 0.05
+"""A plan must raise the swarm's throughput by this share; closer to what a plan would give, a swarm is left alone."""
 _MAX_PLAN_MOVES = 128
-_SHARPNESS = 10.0
-"""Of the potential that stands for "the weakest block first": a block at half the mean counts e^5 times one at it."""
+_SHARPNESS = 30.0
+"""Of the potential that stands for "the weakest block first": a block 10% under the mean counts e^3 times one at it."""
 
 
 @dataclass(frozen=True)

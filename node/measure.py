@@ -1,0 +1,99 @@
+"""A node measures its own compute: what one block takes to decode and to prefill on this device.
+
+In: the views it serves. Out: seconds, medians of a few runs on random activations; nothing is kept, and no
+session is touched. Compute thread only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from swarm.model.shard import View
+
+_CONTEXT = 4
+"""Columns in the cache while decoding is timed: few, so that filling it for eight rows costs a slow CPU little.
+At the lengths of most sessions a step is bound by the weights, not by the cache."""
+_PREFILL_TOKENS = 128
+_LEAST_PREFILL_TOKENS = 16
+_MOST_RUNS = 15
+
+
+@dataclass(frozen=True)
+class Speed:
+    """As a node's record tells it."""
+
+    decode_s_per_block: float
+    decode8_s_per_block: float
+    prefill_tokens_per_s: float
+    """Through the whole view."""
+    rows8: bool = True
+    """Whether eight rows fitted; if not, `decode8_s_per_block` is eight steps of one."""
+
+
+def measure_speed(view: View, width: int, dtype: torch.dtype, device: torch.device, budget_s: float = 3.0) -> Speed:
+    """Time the view at one and at eight rows, and a prefill chunk as long as the budget allows.
+
+    `width`: of the hidden states. A device so slow that one step takes more than the budget takes two steps of
+    each kind all the same. Raises torch.OutOfMemoryError if not even one row fits.
+    """
+    blocks, share_s = len(view.span), budget_s / 3
+
+    def hidden(rows: int, tokens: int) -> torch.Tensor:
+        return torch.randn(rows, tokens, width, dtype=dtype, device=device)
+
+    def decode_s(rows: int) -> float:
+        cache = view.new_cache()
+        view.forward(hidden(rows, _CONTEXT), 0, cache)
+        position = _CONTEXT
+        step_BTD = hidden(rows, 1)
+
+        def step() -> None:
+            nonlocal position
+            view.forward(step_BTD, position, cache)
+            position += 1
+
+        return _median_s(step, share_s, device)
+
+    with torch.inference_mode():
+        one_s = decode_s(1)
+        try:
+            eight_s, fits = decode_s(8), True
+        except torch.OutOfMemoryError:
+            eight_s, fits = 8 * one_s, False
+        # A token of a chunk takes at most what a row of eight does; one warm-up and one run must fit.
+        tokens = max(_LEAST_PREFILL_TOKENS, min(_PREFILL_TOKENS, int(share_s / 2 / (eight_s / 8))))
+        prompt_BTD = hidden(1, tokens)
+        prefill_s = _median_s(lambda: view.forward(prompt_BTD, 0, view.new_cache()), share_s, device)
+    return Speed(one_s / blocks, eight_s / blocks, tokens / prefill_s, fits)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device: a card's own, or the machine's available RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _median_s(step: Callable[[], object], budget_s: float, device: torch.device) -> float:
+    """The median of 1 to 15 runs, as many as the budget allows, after one that warms up."""
+    times_s: list[float] = []
+    end_s = time.perf_counter() + budget_s
+    step()
+    while not times_s or (len(times_s) < _MOST_RUNS and time.perf_counter() < end_s):
+        _finish(device)
+        start_s = time.perf_counter()
+        step()
+        _finish(device)
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
