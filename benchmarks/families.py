@@ -32,7 +32,7 @@ from benchmarks.provenance import provenance, publish
 from swarm.errors import SwarmError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
-from swarm.model.families import TABLE, cuts
+from swarm.model.families import TABLE, Parts, cuts
 from swarm.model.shard import Head, Shard, View, n_blocks
 
 CPU = torch.device("cpu")
@@ -143,6 +143,7 @@ def compare(whole: Any, cut: Cut, vocabulary: int) -> Difference:
 
 def check(config: Any, folder: Path) -> tuple[float, bool]:
     """Save a random model of a configuration and compare its cuts with the whole. Raises what goes wrong."""
+    Parts.of(config)  # refuses with the reason
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     randomize(model)

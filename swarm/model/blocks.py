@@ -13,6 +13,7 @@ Never reads weights.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from swarm.errors import SpanError, UnsupportedModel
@@ -55,6 +57,26 @@ class Whole:
         return int(name[len(self.layers) :].split(".", 1)[0]) if name.startswith(self.layers) else None
 
 
+class _BigOnMeta(TorchFunctionMode):
+    """Makes large new tensors on meta at once: the experts of one block can be larger than this machine's memory.
+
+    `init_empty_weights` moves parameters to meta after they were made. Buffers must be real, and are
+    far smaller than the limit.
+    """
+
+    limit = 2**24
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if math.prod(size) > self.limit:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 _wholes: WeakKeyDictionary[Checkpoint, dict[torch.dtype, Whole]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
@@ -66,7 +88,7 @@ def whole_of(checkpoint: Checkpoint, dtype: torch.dtype) -> Whole:
         if dtype not in kept:
             parts = Parts.of(checkpoint.config)
             try:
-                with init_empty_weights(include_buffers=False):
+                with _BigOnMeta(), init_empty_weights(include_buffers=False):
                     model = AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.config), dtype=dtype)
             except ValueError as error:
                 raise UnsupportedModel(f"model type '{checkpoint.config.model_type}': {error}") from error

@@ -9,6 +9,7 @@ logits) happens here, without a line per family.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, cast
 
 import torch
@@ -57,7 +58,11 @@ class Head:
         self._model = model.to(device).eval().requires_grad_(False)
         self._base = base
         self._config = model.config
+        self._lock = threading.Lock()  # embedding on the loop and logits on a thread share the turn
+        self._plain_embed: nn.Module | None = None
+        self._plain_head: nn.Sequential | None = None
         self._learn_turn()
+        self._learn_shortcuts(whole.parts.norm)
 
     @property
     def width(self) -> int:
@@ -68,22 +73,28 @@ class Head:
         """Token ids [B, T] to hidden states [B, T, width]. positions_BT: position ids, else 0, 1, 2, …;
         they matter to families with learned positions only."""
         ids = ids_BT.to(self.device)
-        self._turn.given = None
-        self._base(input_ids=ids, position_ids=self._positions(ids, positions_BT), use_cache=False)
-        hidden, self._turn.taken = cast(torch.Tensor, self._turn.taken), None
+        if self._plain_embed is not None:
+            return cast(torch.Tensor, self._plain_embed(ids))
+        with self._lock:
+            self._turn.given = None
+            self._base(input_ids=ids, position_ids=self._positions(ids, positions_BT), use_cache=False)
+            hidden, self._turn.taken = cast(torch.Tensor, self._turn.taken), None
         return hidden.flatten(2)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., width] after the last block to logits [..., V]."""
+        if self._plain_head is not None:
+            return cast(torch.Tensor, self._plain_head(hidden))
         lead = hidden.shape[:-1]
         # One token a row: then no mask over the others is made.
         rows_N1D = hidden.reshape(math.prod(lead), 1, hidden.shape[-1])
-        self._turn.given = rows_N1D
-        try:
-            embeds = rows_N1D[..., : self._inner]
-            output = self._model(inputs_embeds=embeds, position_ids=self._positions(embeds), use_cache=False)
-        finally:
-            self._turn.given = self._turn.taken = None
+        embeds = rows_N1D[..., : self._embedding_width]  # says how many rows there are; the turn gives the rest
+        with self._lock:
+            self._turn.given = rows_N1D
+            try:
+                output = self._model(inputs_embeds=embeds, position_ids=self._positions(embeds), use_cache=False)
+            finally:
+                self._turn.given = self._turn.taken = None
         return cast(torch.Tensor, output.logits).reshape(*lead, -1)
 
     def _positions(self, inputs: torch.Tensor, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +104,7 @@ class Head:
 
     def _learn_turn(self) -> None:
         """Find the width, and whether this family's blocks return a tuple: what runs and fits is right."""
-        self._inner = int(self._config.hidden_size)
+        self._embedding_width = int(self._model.get_input_embeddings().weight.shape[-1])
         with torch.no_grad():
             for in_tuple in (True, False):
                 self._turn.in_tuple = in_tuple
@@ -107,6 +118,26 @@ class Head:
         raise UnsupportedModel(
             f"model type '{self._config.model_type}' calls its blocks in a way this version knows not"
         )
+
+    def _learn_shortcuts(self, norm: str) -> None:
+        """Most families look up a table on the way in, and norm and project on the way out. Where that alone
+        gives the same bits it is done directly: the model around it costs half a millisecond a token."""
+        table, lm_head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, table.weight.shape[0], (2, 5), generator=generator).to(self.device)
+        positions = torch.tensor([[0, 1, 2, 3, 4], [9, 8, 7, 6, 5]], device=self.device)
+        hidden = 3 * torch.randn((2, 2, self._width), generator=generator)
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        with torch.no_grad():
+            if torch.equal(self.embed(ids, positions), table(ids)):
+                self._plain_embed = table
+            last: Any = self._base
+            for step in norm.split("."):
+                last = getattr(last, step, None)
+            if last is not None and self._width == lm_head.weight.shape[-1]:
+                direct = nn.Sequential(last, lm_head)
+                if torch.equal(self.logits(hidden), direct(hidden)):
+                    self._plain_head = direct
 
 
 def _fill(model: Any, loaded: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
