@@ -2,8 +2,8 @@
 
 Every client opens a session, generates, closes it and starts over, for two minutes. `errors` counts
 anything but a typed admission answer (Busy). `over_budget_bytes` is by how much a node's resident memory
-ever grew beyond what its budget leaves beside the weights, counted from after a first text. Times to the first token include waiting for admission; `tpot` is the time per
-further token.
+ever grew beyond what its budget leaves beside the weights, counted from after a first text. Times to the
+first token include waiting for admission; `tpot` is the time per further token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from swarm.errors import Busy
 from swarm.ids import Span
 from swarm.logs import configure
 from swarm.model.checkpoint import Checkpoint
-from swarm.model.shard import cache_bytes
+from swarm.model.kvsize import cache_bytes
 from swarm.samples import smollm2_folder
 
 SPANS = ("0:15", "15:30")

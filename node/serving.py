@@ -8,7 +8,6 @@ on the loop, before memory is taken.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,10 @@ from swarm.adapters.registry import ModelAdapters
 from swarm.errors import SpanError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.kvsize import cache_bytes
+from swarm.model.quantize import Scheme
 from swarm.model.rows import prepare_rows, supports_rows
-from swarm.model.shard import Parts, Shard, View, base_prefix, context_length, n_blocks
+from swarm.model.shard import Shard, View, block_bytes, context_length
 
 CHUNK_COLUMNS = 256
 """A longer step is computed in pieces of so many columns, so that decoding gets its turn between them."""
@@ -53,28 +54,34 @@ class ServingView:
     def load(self, adapter_id: bytes, adapters: ModelAdapters, files: dict[str, bytes]) -> None:
         """Make an adapter's part of these blocks ready. Compute thread only."""
         if adapter_id not in self.bank:
-            method, values = adapters.load(files, self.span)
-            self.bank.add(adapter_id, method, values)
+            adapter, values = adapters.load(files, self.span)
+            self.bank.add(adapter_id, adapter, values)
         self._used[adapter_id] = None
         self._used.move_to_end(adapter_id)
-        for old in list(self._used)[: max(0, len(self._used) - _MAX_ADAPTERS)]:
-            if not self.in_use.get(old):
-                del self._used[old]
-                self.bank.remove(old)
+        unused = [old for old in self._used if old != adapter_id and not self.in_use.get(old)]
+        for old in unused[: max(0, len(self._used) - _MAX_ADAPTERS)]:
+            del self._used[old]
+            self.bank.remove(old)
 
 
 class NodeModel:
     """The frozen span of this node and the views that serve it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device, ledger: Ledger
+        self,
+        checkpoint: Checkpoint,
+        span: Span,
+        dtype: torch.dtype,
+        device: torch.device,
+        ledger: Ledger,
+        scheme: Scheme = "none",
     ) -> None:
         """Loads the weights. Raises OutOfMemory, UnsupportedModel, CorruptData."""
-        ledger.charge("weights", "shard", span_bytes(checkpoint, span, dtype))
+        ledger.charge("weights", "shard", span_bytes(checkpoint, span, dtype, scheme))
         ledger.charge("activations", "serving", workspace_bytes(checkpoint.config, dtype))
         self.checkpoint = checkpoint
         self.span = span
-        self.shard = Shard(checkpoint, span, dtype, device)
+        self.shard = Shard(checkpoint, span, dtype, device, scheme)
         self.adapters = ModelAdapters(checkpoint)
         self.context_length = context_length(checkpoint.config)
         self.hidden_size = int(checkpoint.config.hidden_size)
@@ -93,10 +100,7 @@ class NodeModel:
 
     def kv_bytes(self, span: Span, rows: int, columns: int) -> int:
         """What so many columns of so many rows take in the KV caches of a span."""
-        config = self.checkpoint.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * heads * head_dim * self.shard.dtype.itemsize * len(span)) * rows * columns
+        return rows * cache_bytes(self.checkpoint.config, span, self.shard.dtype, columns)
 
 
 @dataclass(eq=False)
@@ -136,22 +140,12 @@ def workspace_bytes(config: Any, dtype: torch.dtype) -> int:
     return CHUNK_COLUMNS * (10 * hidden + 4 * inner) * dtype.itemsize
 
 
-def span_bytes(checkpoint: Checkpoint, span: Span, dtype: torch.dtype) -> int:
-    """Bytes that a span's weights take at a dtype, from the tensor table alone."""
-    return sum(block_bytes(checkpoint, dtype)[span.start : span.end])
+def span_bytes(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, scheme: Scheme = "none") -> int:
+    """Bytes that a span's weights take at a dtype and scheme, from shapes alone."""
+    return sum(block_bytes(checkpoint, dtype, scheme)[span.start : span.end])
 
 
-def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> list[int]:
-    """Bytes of each block at a dtype."""
-    start = f"{base_prefix(checkpoint)}{Parts.of(checkpoint.config).layers}."
-    sizes = [0] * n_blocks(checkpoint.config)
-    for name, entry in checkpoint.tensors.items():
-        if name.startswith(start):
-            sizes[int(name[len(start) :].split(".", 1)[0])] += math.prod(entry.shape) * dtype.itemsize
-    return sizes
-
-
-def fitting_blocks(checkpoint: Checkpoint, dtype: torch.dtype, budget_bytes: int) -> int:
+def fitting_blocks(checkpoint: Checkpoint, dtype: torch.dtype, budget_bytes: int, scheme: Scheme = "none") -> int:
     """How many blocks fit, leaving a third of the budget to caches and training."""
-    largest = max(block_bytes(checkpoint, dtype))
+    largest = max(block_bytes(checkpoint, dtype, scheme))
     return int(budget_bytes * 2 / 3 // largest)

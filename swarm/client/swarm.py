@@ -31,14 +31,16 @@ from swarm.net.discovery import snapshot
 from swarm.net.health import Health
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
-from swarm.net.routing import find_chain
-from swarm.net.view import AdapterInfo, Hop, SwarmView
+from swarm.net.routing import RouteTerms, find_replacement, find_route
+from swarm.net.view import AdapterInfo, Hop, NodeInfo, SwarmView
 from swarm.wire.v1 import chain_pb2 as pb
 
 _FRESH_S = 3.0
 """A view of the swarm is looked up again after so long, in the background while sessions are open."""
 AVOID_FILE = "avoided.json"
 _STEP_TIMEOUT_S = 600.0
+_MOST_MEASURED = 8
+_MEASURE_S = 5.0
 log = structlog.get_logger()
 
 
@@ -66,6 +68,7 @@ class SwarmClient:
         self._view: SwarmView | None = None
         self._viewed_s = 0.0
         self._looking = asyncio.Lock()
+        self._measuring: set[asyncio.Task[None]] = set()
         self.admission_s = admission_s
         self.avoid = AvoidList(identity_path.with_name(AVOID_FILE))
         self.traffic = Traffic()
@@ -81,6 +84,7 @@ class SwarmClient:
         self._stack.push_async_callback(self.health.close)
         looking = asyncio.create_task(self._keep_looking())
         self._stack.push_async_callback(_cancelled, looking)
+        self._stack.push_async_callback(self._stop_measuring)
         return self
 
     async def __aexit__(
@@ -88,11 +92,17 @@ class SwarmClient:
     ) -> None:
         await self._stack.aclose()
 
+    async def _stop_measuring(self) -> None:
+        for task in self._measuring:
+            task.cancel()
+        await asyncio.gather(*self._measuring, return_exceptions=True)
+
     @property
     def head(self) -> Head:
         """Embedding, norm and LM head, loaded on first use."""
         if not hasattr(self, "_head"):
             self._head = Head(self.checkpoint, self._dtype, torch.device("cpu"))
+            self._head.read_ahead()
         return self._head
 
     @property
@@ -122,8 +132,15 @@ class SwarmClient:
     async def refresh(self) -> None:
         """Look the swarm up again."""
         async with self._looking:
-            self._view = await snapshot(self._peer, self.checkpoint.model_hash)
-            self._viewed_s = time.monotonic()
+            view = await snapshot(self._peer, self.checkpoint.model_hash)
+            self._view, self._viewed_s = view, time.monotonic()
+        strangers = [node for node in view.nodes if node.peer_id not in self.health.rtts_s][:_MOST_MEASURED]
+        self._measuring |= {asyncio.create_task(self._measure(node)) for node in strangers}
+        self._measuring -= {task for task in self._measuring if task.done()}
+
+    async def _measure(self, node: NodeInfo) -> None:
+        """Learn a node's round trip, for routing."""
+        await self.health.ask(Hop(node.peer_id, node.span, node.addrs), "", _MEASURE_S)
 
     async def _recent_view(self) -> SwarmView:
         if self._view is None or time.monotonic() - self._viewed_s > 2 * _FRESH_S:
@@ -161,7 +178,11 @@ class SwarmClient:
     def _choose(self, view: SwarmView, present: Sequence[Hop], avoid: set[str]) -> tuple[Hop, ...]:
         if not view.nodes:
             raise BlocksMissing(f"no node serves {self.checkpoint.name} yet: blocks 0-{self.n_blocks - 1} are missing")
-        return find_chain(view.nodes, self.n_blocks, avoid)
+        terms = RouteTerms(rtts_s=self.health.rtts_s)
+        if not present:
+            return find_route(view.nodes, self.n_blocks, terms, avoid=avoid).hops
+        lost = {hop.peer_id for hop in present} & avoid
+        return find_replacement(view.nodes, self.n_blocks, present, lost, terms, avoid=avoid).route.hops
 
     async def find_adapter(self, name: str) -> AdapterInfo | None:
         """The announced adapter of that name; None for the empty name. Raises AdapterNotFound."""

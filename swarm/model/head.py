@@ -19,6 +19,7 @@ from swarm.errors import OutOfMemory, UnsupportedModel
 from swarm.model.blocks import assign, copy_without_blocks, whole_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.names import cook
+from swarm.model.readahead import read_ahead, try_read_ahead
 
 
 class _Turn(nn.Module):
@@ -138,6 +139,14 @@ class Head:
                 direct = nn.Sequential(last, lm_head)
                 if torch.equal(self.logits(hidden), direct(hidden)):
                     self._plain_head = direct
+
+    def read_ahead(self) -> None:
+        """Let the LM head bring its weights into the cache ahead of multiplying, if a trial shows that it pays."""
+        matrix = self._model.get_output_embeddings()
+        if isinstance(matrix, nn.Linear):
+            trial = try_read_ahead(matrix)
+            if trial is not None and trial.pays:
+                read_ahead(matrix)
 
 
 def _fill(model: Any, loaded: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

@@ -98,14 +98,7 @@ def forward_rows(view: View, hidden_N1D: torch.Tensor, positions_N1: torch.Tenso
     """
     # Attention knows each row's mask itself; a mask with four dimensions is taken as it is.
     unused = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=hidden_N1D.device)
-    output = view.model(
-        inputs_embeds=hidden_N1D,
-        position_ids=positions_N1,
-        attention_mask=unused,
-        past_key_values=_RowsCache(rows),
-        use_cache=True,
-    )
-    return cast(torch.Tensor, output.last_hidden_state)
+    return view.forward(hidden_N1D, cache=_RowsCache(rows), mask_BS=unused, positions_BT=positions_N1)
 
 
 def _attend(

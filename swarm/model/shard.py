@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
+import structlog
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -27,6 +29,11 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.families import OWN_CACHES, Parts, cuts, n_blocks
 from swarm.model.head import Head
 from swarm.model.names import cook
+from swarm.model.quantize import QuantizedWeight, Scheme, plan_of, quantize_weight, replace_linears
+from swarm.model.readahead import read_ahead, try_read_ahead
+
+T = TypeVar("T")
+log = structlog.get_logger()
 
 __all__ = [
     "FrozenTensors",
@@ -56,14 +63,29 @@ FrozenTensors = dict[str, torch.Tensor]
 class Shard:
     """A span's frozen weights on one device, and the views that run them."""
 
-    def __init__(self, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> None:
-        """Load only the span's tensors. Raises UnsupportedModel, SpanError, CorruptData, OutOfMemory."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        span: Span,
+        dtype: torch.dtype,
+        device: torch.device,
+        scheme: Scheme = "none",
+    ) -> None:
+        """Load only the span's tensors; `scheme`: how linear layers are held.
+
+        Raises UnsupportedModel, SpanError, CorruptData, OutOfMemory.
+        """
         self.checkpoint = checkpoint
         self.span = span
         self.dtype = dtype
         self.device = device
+        self.scheme = scheme
         self.parts = Parts.of(checkpoint.config)
+        self.narrow: dict[str, QuantizedWeight] = {}
+        """Quantized weights by the local path of their linear layer; they are not in `frozen`."""
+        self.reads_ahead = False
         self.frozen = self._load()
+        self.reads_ahead = scheme == "none" and self._try_read_ahead()
 
     def _load(self) -> FrozenTensors:
         whole = whole_of(self.checkpoint, self.dtype)
@@ -73,16 +95,31 @@ class Shard:
             block = whole.block_of(recipe.target)
             if block is not None and block in self.span:
                 wanted.append(recipe)
-        try:
-            loaded = cook(self.checkpoint, whole.model, wanted, self.dtype, self.device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"blocks {self.span} do not fit on {self.device}") from error
         layers, start = self.parts.layers + ".", len(whole.layers)
+        narrowed = set(plan_of(skeleton, self.scheme).narrowed)
         frozen = {}
-        for name, tensor in loaded.items():
-            index, rest = name[start:].split(".", 1)
-            frozen[f"{layers}{int(index) - self.span.start}.{rest}"] = tensor
-        missing = [name for name, _ in skeleton.named_parameters() if name not in frozen]
+        # Block by block, so that no more than one block is here unquantized.
+        for index in range(self.span.start, self.span.end):
+            try:
+                loaded = cook(
+                    self.checkpoint,
+                    whole.model,
+                    [recipe for recipe in wanted if whole.block_of(recipe.target) == index],
+                    self.dtype,
+                    self.device,
+                )
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(f"blocks {self.span} do not fit on {self.device}") from error
+            for name, tensor in loaded.items():
+                _, rest = name[start:].split(".", 1)
+                local = f"{layers}{index - self.span.start}.{rest}"
+                path = local.removesuffix(".weight")
+                if path in narrowed and path != local:
+                    self.narrow[path] = quantize_weight(tensor, self.scheme)
+                else:
+                    frozen[local] = tensor
+        here = {*frozen, *(f"{path}.weight" for path in self.narrow)}
+        missing = [name for name, _ in skeleton.named_parameters() if name not in here]
         if missing:
             raise UnsupportedModel(
                 f"the checkpoint {self.checkpoint.name} has nothing for '{missing[0]}' of {self.span}"
@@ -91,21 +128,41 @@ class Shard:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.frozen.values())
+        narrow = sum(weight.nbytes for weight in self.narrow.values())
+        return narrow + sum(tensor.nbytes for tensor in self.frozen.values())
+
+    def _try_read_ahead(self) -> bool:
+        trial = try_read_ahead(self.view().model)
+        if trial is not None:
+            log.info(
+                "read_ahead",
+                pays=trial.pays,
+                exact=trial.exact,
+                plain_ms=round(1e3 * trial.plain_s, 2),
+                ahead_ms=round(1e3 * trial.ahead_s, 2),
+            )
+        return trial is not None and trial.pays
 
     def view(self, span: Span | None = None) -> View:
         """New modules over the shared tensors, for the whole span or a part of it. Raises SpanError."""
         span = span or self.span
         model = skeleton_of(self.checkpoint, span, self.dtype)
+        assign(model, self._part(self.frozen, span))
+        replace_linears(model, self._part(self.narrow, span), self.dtype)
+        model.to(self.device)  # buffers such as rotary frequencies; the shared tensors are there already
+        if self.reads_ahead:
+            read_ahead(model)
+        return View(model, span, self.parts, self.checkpoint.config)
+
+    def _part(self, tensors: Mapping[str, T], span: Span) -> dict[str, T]:
+        """What belongs to a part of the span, by the part's own local names."""
         layers, shift = self.parts.layers + ".", span.start - self.span.start
-        tensors = {}
-        for name, tensor in self.frozen.items():
+        found = {}
+        for name, tensor in tensors.items():
             index, rest = name[len(layers) :].split(".", 1)
             if 0 <= int(index) - shift < len(span):
-                tensors[f"{layers}{int(index) - shift}.{rest}"] = tensor
-        assign(model, tensors)
-        model.to(self.device)  # buffers such as rotary frequencies; the shared tensors are there already
-        return View(model, span, self.parts, self.checkpoint.config)
+                found[f"{layers}{int(index) - shift}.{rest}"] = tensor
+        return found
 
 
 class _Past:
@@ -212,8 +269,8 @@ def base_prefix(checkpoint: Checkpoint) -> str:
     return f"{whole_of(checkpoint, torch.float32).model.base_model_prefix}."
 
 
-def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> list[int]:
-    """Bytes of each block at a dtype, from the tensor table alone. Raises UnsupportedModel."""
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, scheme: Scheme = "none") -> list[int]:
+    """Bytes of each block at a dtype and scheme, from shapes alone. Raises UnsupportedModel."""
     whole = whole_of(checkpoint, dtype)
     sizes = [0] * n_blocks(checkpoint.config)
     for recipe in whole.recipes:
@@ -221,4 +278,8 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> list[int]:
         if block is not None:
             entries = (checkpoint.tensors[name] for name, _ in recipe.sources)
             sizes[block] += sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize
+    if scheme != "none":
+        for block in range(len(sizes)):
+            skeleton = skeleton_of(checkpoint, Span(block, block + 1), dtype)
+            sizes[block] = plan_of(skeleton, scheme).nbytes(skeleton, dtype)
     return sizes

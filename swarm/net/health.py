@@ -69,17 +69,24 @@ class Health:
         self._peer = peer
         self._lines: dict[str, _Line] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
+        self.rtts_s: dict[str, float] = {}
+        """The least round trip seen, by peer id: what routing counts with."""
 
     async def ask(self, hop: Hop, session_id: str, timeout_s: float) -> pb.HealthReply | None:
         """The node's answer; None if there is none within `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                return await (await self._line(hop)).ask(session_id)
+                line = await self._line(hop)
+                began = asyncio.get_running_loop().time()
+                reply = await line.ask(session_id)
+                rtt_s = asyncio.get_running_loop().time() - began
+                self.rtts_s[hop.peer_id] = min(rtt_s, self.rtts_s.get(hop.peer_id, rtt_s))
+                return reply
         except (SwarmError, TimeoutError):
-            line = self._lines.pop(hop.peer_id, None)
-            if line is not None:
-                line.stream.close()
-                line.reader.cancel()
+            broken = self._lines.pop(hop.peer_id, None)
+            if broken is not None:
+                broken.stream.close()
+                broken.reader.cancel()
             return None
 
     async def _line(self, hop: Hop) -> _Line:
