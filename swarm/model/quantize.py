@@ -61,9 +61,11 @@ class QuantizedWeight:
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O] in the input's dtype, without gradients. Equal inputs give equal bits."""
-        input_MI = input.reshape(-1, self.shape[1])
+        input_MI = input.reshape(-1, self.shape[1]).contiguous()
+        if not input_MI.shape[0]:
+            return input.new_empty(*input.shape[:-1], self.shape[0])
         output_MO = self._int8(input_MI) if self.scheme == "int8" else self._int4(input_MI)
-        return output_MO.view(*input.shape[:-1], self.shape[0])
+        return output_MO.reshape(*input.shape[:-1], self.shape[0])
 
     def _int8(self, input_MI: torch.Tensor) -> torch.Tensor:
         can, rows = traits(self.codes.device), input_MI.shape[0]

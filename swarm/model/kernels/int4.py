@@ -19,35 +19,49 @@ BLOCK_ROWS = 64
 LEVELS = 15
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80)
 _TINY = 1e-12
-_CHUNK = 2**21
+_CHUNK = 2**19
+"""Weights quantized at a time: what the search makes of them stays in the cache."""
 
 
 def quantize(weight_OI: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [O, I] uint8 in 0..15 and scales with zeros [I / group, O, 2] bfloat16. Of several ranges around a
     group's middle the one with the least squared error is taken: clipping the ends pays for a finer step."""
-    rows = max(1, _CHUNK // weight_OI.shape[1])
+    count = _CHUNK if weight_OI.device.type == "cpu" else _CHUNK * 16
+    rows = max(1, count // weight_OI.shape[1])
     parts = [_quantize_rows(part.float(), group) for part in torch.split(weight_OI, rows)]
-    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts], dim=1)
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts], dim=1).contiguous()
 
 
 def _quantize_rows(weight_OI: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = weight_OI.reshape(weight_OI.shape[0], -1, group)
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
-    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    for shrink in _SHRINKS:
-        scale = ((high - low) * (shrink / LEVELS)).clamp_(min=_TINY).to(torch.bfloat16)
-        zero = ((low + high) / 2 + scale.float() / 2).to(torch.bfloat16)
-        codes = ((values - zero.float()) / scale.float() + 8).round_().clamp_(0, LEVELS)
-        error = ((codes - 8) * scale.float() + zero.float() - values).square_().sum(dim=-1, keepdim=True)
-        if best is None:
-            best = error, codes, scale, zero
-        else:
-            less = error < best[0]
-            chosen = zip((error, codes, scale, zero), best, strict=True)
-            best = tuple(torch.where(less, new, old) for new, old in chosen)  # type: ignore[assignment]
-    assert best is not None
-    _, codes, scale, zero = best
-    return codes.flatten(1).to(torch.uint8), torch.cat([scale, zero], dim=-1).transpose(0, 1).contiguous()
+    middle, spread = (low + high) / 2, high - low
+    scale, zero = _range(middle, spread, _SHRINKS[0])
+    least = _error(values, scale, zero)
+    for shrink in _SHRINKS[1:]:
+        other_scale, other_zero = _range(middle, spread, shrink)
+        error = _error(values, other_scale, other_zero)
+        less = error < least
+        scale, zero = torch.where(less, other_scale, scale), torch.where(less, other_zero, zero)
+        least = torch.minimum(error, least)
+    codes = _codes(values, scale, zero).add_(8).flatten(1).to(torch.uint8)
+    return codes, torch.cat([scale, zero], dim=-1).transpose(0, 1).to(torch.bfloat16)
+
+
+def _range(middle: torch.Tensor, spread: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero, float32 values that bfloat16 can hold."""
+    scale = (spread * (shrink / LEVELS)).clamp_(min=_TINY).to(torch.bfloat16).float()
+    return scale, (middle + scale / 2).to(torch.bfloat16).float()
+
+
+def _codes(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Less 8."""
+    return (values - zero).div_(scale).round_().clamp_(-8, LEVELS - 8)
+
+
+def _error(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    back = _codes(values, scale, zero).mul_(scale).add_(zero)
+    return back.sub_(values).square_().sum(dim=-1, keepdim=True)
 
 
 def dequantize(codes_OI: torch.Tensor, scales_GO2: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

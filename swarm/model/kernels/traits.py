@@ -17,11 +17,13 @@ from torch.nn import functional
 
 from swarm.model.kernels import int4, int8
 
-_SHAPE = (1536, 1024)
+_SHAPES = {"cpu": (1536, 1024), "cuda": (4096, 4096)}
+"""Large enough that the work outweighs the call."""
 _FEW_ROWS = 8
 _CLOSE = 0.02
 """Of the norm of the result: seven times what rounding to bfloat16 costs."""
 _TRIALS = 9
+_REFUSALS = (RuntimeError, NotImplementedError, AttributeError)
 _LOSS = 1.3
 """A kernel is left out when it takes this much longer than the plain way: clearly, not by noise, so that
 two runs on one machine choose alike."""
@@ -54,10 +56,10 @@ def traits(device: torch.device) -> Traits:
 @torch.no_grad()
 def _traits(device_type: str, index: int | None) -> Traits:
     device = torch.device(device_type, index or 0) if device_type == "cuda" else torch.device(device_type)
-    generator = torch.Generator().manual_seed(0)
-    codes_OI = torch.randint(-127, 128, _SHAPE, dtype=torch.int8, generator=generator).to(device)
-    scales_O = torch.rand(_SHAPE[0], generator=generator).to(device, torch.bfloat16)
-    input_MI = torch.randn(_FEW_ROWS, _SHAPE[1], generator=generator).to(device)
+    generator, shape = torch.Generator().manual_seed(0), _SHAPES.get(device_type, _SHAPES["cpu"])
+    codes_OI = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator).to(device)
+    scales_O = torch.rand(shape[0], generator=generator).to(device, torch.bfloat16)
+    input_MI = torch.randn(_FEW_ROWS, shape[1], generator=generator).to(device)
     rough_MI = input_MI.to(torch.bfloat16)
     row_1I = (rough_MI if device.type == "cuda" else input_MI)[:1]
 
@@ -76,8 +78,8 @@ def _try(kernel: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], 
     try:
         got, expected = kernel().float(), plain().float()
         error = float((got - expected).norm() / expected.norm())
-    except (RuntimeError, NotImplementedError, AttributeError) as refusal:
-        return Verdict(False, f"torch refuses it here: {str(refusal).splitlines()[0][:200]}")
+    except _REFUSALS as refusal:
+        return _refused(refusal)
     if not error < _CLOSE:
         return Verdict(False, f"its result is off by {error:.3g} here")
     if must_pay:
@@ -93,9 +95,12 @@ def _try_digits(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.
         return Verdict(False, "only where integers are the fast way: on CPUs")
     extreme = torch.full((3, codes_OI.shape[1]), 127, dtype=torch.int8)
     extreme[1, ::2] = -128
-    for weight in (torch.full_like(codes_OI[:64], -127), codes_OI):
-        if not torch.equal(torch._int_mm(extreme, weight.t()).double(), extreme.double() @ weight.double().t()):
-            return Verdict(False, "integer products saturate on this processor")
+    try:
+        for weight in (torch.full_like(codes_OI[:64], -127), codes_OI):
+            if not torch.equal(torch._int_mm(extreme, weight.t()).double(), extreme.double() @ weight.double().t()):
+                return Verdict(False, "integer products saturate on this processor")
+    except _REFUSALS as refusal:
+        return _refused(refusal)
     return _try(
         lambda: int8.digits(input_MI, codes_OI, scales_O),
         lambda: int8.pieces(input_MI, codes_OI, scales_O),
@@ -104,7 +109,7 @@ def _try_digits(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.
 
 
 def _try_int4(rough_MI: torch.Tensor, codes_OI: torch.Tensor) -> Verdict:
-    """Any rounding of the order of codes or of the zeros would show as a result far off."""
+    """Another order of codes or meaning of the zeros than ours would show as a result far off."""
     if not int4.has_kernel(rough_MI.device):
         return Verdict(False, "torch has no 4-bit kernel for this device")
     group = 32
@@ -115,14 +120,18 @@ def _try_int4(rough_MI: torch.Tensor, codes_OI: torch.Tensor) -> Verdict:
         packed = int4.pack(codes)
         if not torch.equal(int4.unpack(packed, codes.shape[1]), codes):
             return Verdict(False, "the order of its packed codes is not one of blocks of 64 rows")
-    except (RuntimeError, NotImplementedError, AttributeError) as refusal:
-        return Verdict(False, f"torch refuses it here: {str(refusal).splitlines()[0][:200]}")
+    except _REFUSALS as refusal:
+        return _refused(refusal)
     weight_OI = int4.dequantize(codes, scales_GO2, torch.float32)
     return _try(
         lambda: int4.native(rough_MI, packed, scales_GO2),
         lambda: functional.linear(rough_MI.float(), weight_OI),
         must_pay=False,
     )
+
+
+def _refused(refusal: Exception) -> Verdict:
+    return Verdict(False, f"torch refuses it here: {(str(refusal).splitlines() or [''])[0][:200]}")
 
 
 def _best_s(*ways: Callable[[], torch.Tensor]) -> list[float]:

@@ -93,6 +93,17 @@ def test_products_are_those_of_the_widened_weight(scheme: Scheme, dtype: torch.d
     assert torch.equal(output, weight.product(input_BTD))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", NARROW)
+def test_inputs_may_be_views_and_may_be_empty(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = quantize_weight(randn(200, 320), scheme)
+    input_BTD = randn(3, 5, 320, seed=1).to(dtype)
+    last = input_BTD[:, -1:]
+    assert not last.view(3, 320).is_contiguous()
+    assert torch.equal(weight.product(last), weight.product(last.clone()))
+    assert weight.product(input_BTD[:, :0]).shape == (3, 0, 200)
+
+
 @pytest.mark.parametrize("way", [int8.native, int8.pieces, int8.digits])
 def test_every_way_of_int8_agrees(way: object) -> None:
     weight = quantize_weight(randn(3000, 576), "int8")  # several pieces
