@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from swarm import SwarmForCausalLM
 from swarm.client.cache import RemoteCache
+from swarm.client.conversation import Conversation
 from swarm.errors import ContextTooLong, InputError, SessionError
-from tests.integration.processes import Swarm, swarm_of
+from tests.integration.processes import ENVIRONMENT, Swarm, swarm_of
 
 PROMPT = "The sea was calm. The sea was cold. The ship"
 UNEQUAL = ["The capital of France is", "Once upon a time, in a village without a name, there lived", "Two plus two"]
@@ -308,3 +312,57 @@ def test_what_is_dropped_is_closed(swarm: Swarm, smollm2: Path, prompt: torch.Te
     assert loop.closed
     with pytest.raises(SessionError):
         loop.call(loop.client.view)
+
+
+def test_a_conversation_sends_only_what_is_new(remote: SwarmForCausalLM, local: Any, tokenizer: Any) -> None:
+    conversation = Conversation(remote, "", 12, {"do_sample": False})
+    shown: list[str] = []
+    first = conversation.answer("What is the capital of France?", shown.append)
+    second = conversation.answer("And of Italy?", shown.append)
+    assert "".join(shown) == first.text + second.text
+    assert "Paris" in first.text
+    assert first.reused_tokens == 0
+    # Everything of the first turn but the token that ended it, which was never fed.
+    assert second.reused_tokens >= first.prompt_tokens + len(first.tokens) - 1
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And of Italy?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    expected = local.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert second.text == tokenizer.decode(expected, skip_special_tokens=True)
+    # Another system prompt renders all of it differently: the cache goes back, the session stays.
+    session = conversation.cache.session
+    conversation.system = "You are a pirate."
+    third = conversation.answer("Who are you?", shown.append)
+    assert third.reused_tokens < second.reused_tokens
+    assert conversation.cache.session is session
+    conversation.reset()
+    assert conversation.answer("Hello", shown.append).reused_tokens == 0
+    conversation.reset()
+
+
+def test_chat_command_takes_lines_of_a_pipe(swarm: Swarm) -> None:
+    command = [sys.executable, "-c", "import typer; from swarm.cli.chat import chat; typer.run(chat)"]
+    flags = ["--join", swarm.join, "--data-dir", str(swarm.root / "chat"), "--max-new-tokens", "8"]
+    lines = "What is the capital of France?\n\n/reset\nAnd of Italy?\n/exit\nnever said\n"
+    result = subprocess.run(
+        [*command, *flags, "--json"], input=lines, capture_output=True, text=True, timeout=120, env=_environment()
+    )
+    assert result.returncode == 0, result.stderr
+    turns = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [turn["reused_tokens"] for turn in turns] == [0, 0]
+    assert "Paris" in turns[0]["text"]
+    assert [hop["blocks"] for hop in turns[0]["hops"]] == ["0:15", "15:30"]
+    refused = subprocess.run(
+        [*command, *flags, "--adapter", "nobody"], input="hi\n", capture_output=True, text=True, timeout=120,
+        env=_environment(),
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "SW405" in refused.stderr
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, **ENVIRONMENT}
