@@ -8,6 +8,7 @@ Files are verified by hash before they are kept, and again when read.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from swarm.adapters.registry import MAX_ADAPTER_BYTES
 from swarm.errors import AdapterNotFound, StorageError
 from swarm.ids import NAME_PATTERN, sha256
 from swarm.net.blobs import fetch_file, serve_blobs
-from swarm.net.discovery import publish_adapter, snapshot
+from swarm.net.discovery import REFRESH_S, publish_adapter, snapshot
 from swarm.net.p2p import Peer
 from swarm.net.view import AdapterInfo, FileInfo
 
@@ -81,10 +82,21 @@ class AdapterStore:
         self._remember(info, target)
         log.info("adapter_held", name=info.name, round=info.round)
 
+    def offer(self, name: str, contents: dict[str, bytes]) -> None:
+        """Keep and announce an adapter that this node's volunteer brought. Raises AdapterNotFound, StorageError."""
+        files = tuple(FileInfo(file, sha256(content), len(content)) for file, content in sorted(contents.items()))
+        self.add(AdapterInfo(name, "", 0, files, ()), contents)
+
     async def announce(self) -> None:
         """Write this node's adapter records; call at least every `RECORD_TTL_S`."""
-        for info in self._held.values():
+        for info in list(self._held.values()):
             await publish_adapter(self._peer, self._model_hash, info.name, info.job_id, info.round, info.files)
+
+    async def keep_announcing(self) -> None:
+        """Write the records again and again, until cancelled."""
+        while True:
+            await self.announce()
+            await asyncio.sleep(REFRESH_S)
 
     async def files(self, name: str, wanted: tuple[FileInfo, ...]) -> dict[str, bytes]:
         """The contents of exactly these files: from disk, or from a peer that announces them."""

@@ -63,10 +63,29 @@ class ChainServer:
         self.adapters = adapters
         self.trainer = trainer
         self.count = count
-        self.sessions = Sessions(model, ledger, compute)
-        self.batcher = Batcher(model, compute)
         self.draining = False
+        """Whether new sessions are refused and present ones asked to leave."""
+        self.moving = False
+        """Whether there is no model at the moment."""
         self._hops: dict[str, ChainHop] = {}
+        self.use(model)
+
+    def use(self, model: NodeModel) -> None:
+        """Serve this span from now on; there must be no chains."""
+        self.model = model
+        self.sessions = Sessions(model, self.ledger, self.compute)
+        self.batcher = Batcher(model, self.compute)
+        self.draining = self.moving = False
+
+    async def drop_model(self) -> None:
+        """End what chains are left and give the weights' memory back; `use` another one next."""
+        self.draining = self.moving = True
+        for hop in list(self._hops.values()):
+            await hop.stop_reading()
+        self.sessions.free_all()
+        del self.model
+        self.ledger.release("shard")
+        self.ledger.release("serving")
 
     async def start(self) -> None:
         await self.peer.serve(PROTOCOL, pb.Frame, self._handle, self.count)
@@ -97,6 +116,8 @@ class ChainServer:
             received = await stream.receive()
             if received is None:
                 return
+            if self.moving:
+                raise SessionError("this node is moving to other blocks", "look up the swarm again")
             frame, _ = received
             kind = frame.WhichOneof("kind")
             if kind == "open":

@@ -232,7 +232,7 @@ class ChainHop:
         """(rows, columns) of hidden states that fit this model. Raises ProtocolError, naming the sender."""
         try:
             size = payload_size(tensor)  # refuses shapes that are not allowed before anything is computed from them
-            shape, width = tuple(tensor.shape), self.server.model.hidden_size
+            shape, width = tuple(tensor.shape), self.server.model.width
             if len(shape) != 3 or shape[2] != width:
                 raise ProtocolError(f"hidden states of shape {list(shape)} do not fit a model of width {width}")
             if len(payload) != size:

@@ -245,7 +245,7 @@ class GradientHop(StatelessHop):
 
     def _charge(self) -> None:
         config = self.server.model.checkpoint.config
-        hidden = self.server.model.hidden_size
+        hidden = self.server.model.width
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         # What autograd keeps of a block: about ten tensors of the hidden and four of the inner width.
         per_token = (10 * hidden + 4 * inner) * self.server.model.shard.dtype.itemsize * len(self.hop.span)

@@ -39,7 +39,7 @@ class TrainHop(ChainHop):
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
         stage = self._ready()
-        shape = (*self.check_hidden(message.tensor, payload), self.server.model.hidden_size)
+        shape = (*self.check_hidden(message.tensor, payload), self.server.model.width)
         stage.admit(shape, message.position)
         shard = self.server.model.shard
 

@@ -19,21 +19,22 @@ from node.adapters import AdapterStore
 from node.chains import ChainServer
 from node.link import Link
 from node.memory import Ledger, default_budget
-from node.serving import NodeModel, fitting_blocks
+from node.volunteer import Choices, Volunteer
 from node.worker import Worker
-from swarm.compute import Compute, Priority
+from swarm.adapters.registry import read_adapter
+from swarm.compute import Compute
 from swarm.datadir import DataDir
-from swarm.errors import DeviceError, InputError, OutOfMemory
+from swarm.errors import DeviceError, InputError
 from swarm.identity import Identity
 from swarm.ids import Span
 from swarm.metrics import Traffic
-from swarm.model.checkpoint import open_for
-from swarm.model.shard import n_blocks
-from swarm.net.discovery import REFRESH_S, publish_span, snapshot, withdraw_span
+from swarm.model.quantize import SCHEMES, Scheme
 from swarm.net.health import serve_health
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
-from swarm.net.routing import choose_span
+from swarm.net.peer_source import open_or_fetch
+from swarm.net.ping import serve_pings
+from swarm.net.weights import serve_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DRAIN_S = 10.0
@@ -51,10 +52,14 @@ class NodeSettings:
     """Where this node finds the weights, if not where the join string says."""
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "auto"
+    """none, int8 or int4 weights; auto: by memory and measured speed, or none if the dtype was chosen."""
     memory_bytes: int | None = None
     """Budget of the ledger; None: most of what is free."""
     blocks: str = ""
     """START:END; empty: the span the swarm needs most, of as many blocks as fit."""
+    adapters: tuple[tuple[str, str], ...] = ()
+    """(name, folder or hub id) of adapters to announce and serve."""
     peer: PeerSettings = PeerSettings()
 
 
@@ -82,38 +87,47 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_scheme(quantize: str, dtype: str) -> Scheme | None:
+    """The scheme that was asked for; None: the node decides. Raises InputError."""
+    if quantize == "auto":
+        return None if dtype == "auto" else "none"
+    if quantize not in SCHEMES:
+        raise InputError(f"--quantize cannot be '{quantize}'", f"choose it from auto, {', '.join(SCHEMES)}")
+    return quantize
+
+
 async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -> None:
     """Serve until cancelled. `ready(span, peer id)` is called once others can reach this node.
 
     Raises any SwarmError of starting up or of libp2p; nothing is left running then.
     """
     device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
-    join = settings.join
-    checkpoint = await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, settings.model)
-    total = n_blocks(checkpoint.config)
+    choices = Choices(
+        pick_dtype(settings.dtype, device),
+        device,
+        pick_scheme(settings.quantize, settings.dtype),
+        settings.blocks,
+        trains=bool(settings.join.coordinator),
+    )
     ledger = Ledger(default_budget(device) if settings.memory_bytes is None else settings.memory_bytes)
-    wanted = Span.parse(settings.blocks, total) if settings.blocks else None
-    capacity = fitting_blocks(checkpoint, dtype, ledger.budget_bytes)
-    if wanted is None and capacity < 1:
-        raise OutOfMemory(
-            f"not one block fits into {ledger.budget_bytes >> 20} MiB", "raise --vram, or use a narrower --dtype"
-        )
+    offered = {name: await asyncio.to_thread(read_adapter, source) for name, source in settings.adapters}
     traffic = Traffic()
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(DataDir(settings.data_dir))
         identity = Identity.load_or_create(data_dir.path / "identity.key")
         peer = await Peer.start(identity, settings.join.bootstrap, settings.peer)
         stack.push_async_callback(peer.stop)
-        span = wanted or choose_span((await snapshot(peer, checkpoint.model_hash)).nodes, total, capacity)
+        checkpoint = await open_or_fetch(peer, settings.join, settings.model)
         compute = Compute()
         stack.callback(compute.stop)
-        log.info("loading", blocks=str(span), of=total, device=str(device), dtype=str(dtype))
-        model = await compute.run(Priority.BACKGROUND, NodeModel, checkpoint, span, dtype, device, ledger)
-        # The view that sessions without an adapter use, so that the first prompt does not wait for it.
-        await compute.run(Priority.BACKGROUND, model.view, span)
+        volunteer = Volunteer(peer, checkpoint, ledger, compute, choices)
+        span = await volunteer.settle()
+        model = await volunteer.load(span)
+        await serve_weights(peer, checkpoint)
         adapters = AdapterStore(data_dir.path, peer, checkpoint.model_hash)
         await adapters.start()
+        for name, files in offered.items():
+            adapters.offer(name, files)
         worker = None
         if settings.join.coordinator:
             link = Link(settings.join, identity, traffic)
@@ -126,27 +140,14 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         server = ChainServer(peer, compute, model, ledger, adapters, worker, count)
         await server.start()
         await serve_health(peer, server.health)
-
-        async def announce() -> None:
-            name = str(dtype).removeprefix("torch.")
-            first = True
-            while True:
-                stored = await publish_span(
-                    peer, checkpoint.model_hash, span, dtype=name, sessions=len(server.sessions)
-                )
-                await adapters.announce()
-                if not stored:
-                    log.warning("not_announced", reason="no DHT peer took the record; trying again")
-                elif first:
-                    first = False
-                    stack.push_async_callback(server.drain, DRAIN_S)
-                    stack.push_async_callback(withdraw_span, peer, checkpoint.model_hash, span, name)
-                    log.info("serving", blocks=str(span), peer=peer.peer_id)
-                    ready(span, peer.peer_id)
-                await asyncio.sleep(REFRESH_S if stored else 1.0)
-
+        await serve_pings(peer)
+        volunteer.serves(server)
+        stack.push_async_callback(volunteer.leave, DRAIN_S)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(announce())
+            tasks.create_task(volunteer.announce(lambda: ready(volunteer.status().span, peer.peer_id)))
+            tasks.create_task(adapters.keep_announcing())
+            tasks.create_task(volunteer.look_around())
+            tasks.create_task(volunteer.rebalance(DRAIN_S))
             tasks.create_task(peer.lost())
             if worker is not None:
                 tasks.create_task(worker.run())

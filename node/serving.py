@@ -84,7 +84,8 @@ class NodeModel:
         self.shard = Shard(checkpoint, span, dtype, device, scheme)
         self.adapters = ModelAdapters(checkpoint)
         self.context_length = context_length(checkpoint.config)
-        self.hidden_size = int(checkpoint.config.hidden_size)
+        self.width = self.shard.view(Span(span.start, span.start + 1)).width
+        """Numbers a token's hidden state has between blocks."""
         self._views: OrderedDict[Span, ServingView] = OrderedDict()
 
     def view(self, span: Span) -> ServingView:

@@ -164,6 +164,10 @@ class Sessions:
         if not self._sessions:
             self._emptied.set()
 
+    def free_all(self) -> None:
+        for session_id in list(self._sessions):
+            self.free(session_id)
+
     async def emptied(self) -> None:
         """Wait until no session is left."""
         if self._sessions:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from swarm.errors import InputError
+from swarm.ids import NAME_PATTERN
 
 Join = Annotated[
     str, typer.Option("--join", envvar="SWARM_JOIN", help="Join string of the swarm, or @FILE that holds it.")
@@ -42,3 +43,13 @@ def one_of(flag: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise InputError(f"{flag} cannot be '{value}'", f"choose {flag} from {', '.join(allowed)}")
     return value
+
+
+def named_source(text: str) -> tuple[str, str]:
+    """("NAME", "SOURCE") of NAME=SOURCE. Raises InputError."""
+    name, mark, source = text.partition("=")
+    if not mark or not source or NAME_PATTERN.fullmatch(name) is None:
+        raise InputError(
+            f"--adapter cannot be '{text}'", "give --adapter NAME=SOURCE, the name in letters, digits, '.', '_' and '-'"
+        )
+    return name, source

@@ -21,6 +21,7 @@ from swarm.cli.options import (
     Model,
     Port,
     Threads,
+    named_source,
     one_of,
 )
 from swarm.cli.process import run, say, write_join_file
@@ -87,6 +88,13 @@ def node_start(
     model: Model = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu or auto.")] = "auto",
     dtype: Dtype = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Weights as none, int8 or int4; auto: by memory and speed unless --dtype is given.")
+    ] = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="NAME=SOURCE: serve a LoRA adapter from a folder or hub id. Repeatable."),
+    ] = None,
     vram: Annotated[
         str, typer.Option(help="Memory this node may use, such as 8GiB; empty: most of what is free.")
     ] = "",
@@ -105,6 +113,8 @@ def node_start(
         # What was typed is checked before anything heavy is imported.
         info = parse_join(join)
         one_of("--dtype", dtype, DTYPE_NAMES)
+        one_of("--quantize", quantize, ("auto", "none", "int8", "int4"))
+        adapters = tuple(named_source(text) for text in adapter or ())
         if blocks:
             Span.parse(blocks)
 
@@ -125,6 +135,8 @@ def node_start(
             model=model or "",
             device=device,
             dtype=dtype,
+            quantize=quantize,
+            adapters=adapters,
             memory_bytes=memory_bytes,
             blocks=blocks,
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),

@@ -329,7 +329,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        expected = (self.batch, 1 if step.last_only else step.columns, self._client.hidden_size)
+        expected = (self.batch, 1 if step.last_only else step.columns, self._client.head.width)
         if tuple(output.shape) != expected:
             raise ProtocolError(
                 f"hidden states of shape {list(output.shape)} came back, {list(expected)} were expected"

@@ -56,9 +56,11 @@ class SwarmClient:
         dtype: torch.dtype = torch.float32,
         encoding: str = "bfloat16",
         admission_s: float = 60.0,
+        exact: bool = False,
     ) -> None:
         """encoding: how activations cross the links ("float32" for exact results of fp32 nodes).
-        admission_s: how long a session waits for room on a node that is full."""
+        admission_s: how long a session waits for room on a node that is full.
+        exact: use only nodes whose weights are not quantized."""
         self._join = join
         self.checkpoint = checkpoint
         self._identity_path = identity_path
@@ -70,11 +72,11 @@ class SwarmClient:
         self._looking = asyncio.Lock()
         self._measuring: set[asyncio.Task[None]] = set()
         self.admission_s = admission_s
+        self._exact = exact
         self.avoid = AvoidList(identity_path.with_name(AVOID_FILE))
         self.traffic = Traffic()
         self.n_blocks = n_blocks(checkpoint.config)
         self.context_length = context_length(checkpoint.config)
-        self.hidden_size = int(checkpoint.config.hidden_size)
 
     async def __aenter__(self) -> SwarmClient:
         identity = Identity.load_or_create(self._identity_path)
@@ -178,7 +180,7 @@ class SwarmClient:
     def _choose(self, view: SwarmView, present: Sequence[Hop], avoid: set[str]) -> tuple[Hop, ...]:
         if not view.nodes:
             raise BlocksMissing(f"no node serves {self.checkpoint.name} yet: blocks 0-{self.n_blocks - 1} are missing")
-        terms = RouteTerms(rtts_s=self.health.rtts_s)
+        terms = RouteTerms(rtts_s=self.health.rtts_s, prefer_exact=self._exact)
         if not present:
             return find_route(view.nodes, self.n_blocks, terms, avoid=avoid).hops
         lost = {hop.peer_id for hop in present} & avoid

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import structlog
@@ -189,6 +191,10 @@ class SpanCache(_Past, DynamicCache):  # type: ignore[misc]  # transformers has 
     """The KV cache of a span's blocks: one layer a block (LongCat-Flash: two), in the order of the blocks."""
 
 
+class _Seen(Exception):
+    """What was looked for has been seen; the rest of the pass is not needed."""
+
+
 class View:
     """A runnable stack of blocks. Not thread-safe: the compute thread alone calls it."""
 
@@ -203,6 +209,27 @@ class View:
         blocks = cast(nn.ModuleList, model.get_submodule(parts.layers))
         blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         blocks[-1].register_forward_hook(self._leave)
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers a token's hidden state has between blocks: more than `hidden_size` where several residual
+        streams travel side by side. What the base model hands to its first block tells."""
+        found = []
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args[0] if args else kwargs["hidden_states"])[0, 0].numel())
+            raise _Seen
+
+        first = cast(nn.ModuleList, self.model.get_submodule(self.parts.layers))[0]
+        handle = first.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+        parameter = next(self.model.parameters())
+        embeds = torch.zeros((1, 1, self._hidden_size), dtype=parameter.dtype, device=parameter.device)
+        try:
+            with torch.no_grad(), suppress(_Seen):
+                self.model(inputs_embeds=embeds, position_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=False)
+        finally:
+            handle.remove()
+        return int(found[0])
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for this view's blocks."""

@@ -137,7 +137,8 @@ class Swarm:
         """Starts without waiting; call `.event()` for its `ready`."""
         return self.start(
             name,
-            *("node", "start", "--join", self.join, "--blocks", blocks, "--threads", "1"),
+            # An explicit dtype: weights are not quantized, whatever this machine is fastest at.
+            *("node", "start", "--join", self.join, "--blocks", blocks, "--threads", "1", "--dtype", "float32"),
             *("--data-dir", str(self.root / name)),
             *more,
         )
