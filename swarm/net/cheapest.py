@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
+Ints = NDArray[np.int64]
 Piece = tuple[int, int, int]
 """(worker, first block, block after the last)."""
 _MAX_SPLITS = 200
@@ -31,27 +31,27 @@ _MAX_SPLITS = 200
 class Links:
     """Measured links between workers, the same in both directions; all others cost `guess_s`."""
 
-    def __init__(self, workers: int, pairs: Sequence[tuple[int, int, float]], factor: float = 1.0) -> None:
-        """`pairs`: (worker, other worker, seconds); of a pair that occurs twice, the smaller counts.
+    def __init__(self, workers: int, one: Sequence[int], two: Sequence[int], seconds: Sequence[float]) -> None:
+        """Pairs of workers as two columns and what each costs; -1 in `two` is a stranger and left out.
 
-        `factor` turns the pairs' seconds into those of a link: one half for round trips.
+        Of a pair that occurs twice, the smaller cost counts. Costs are kept to seven digits.
         """
         self.workers = workers
-        one, two, seconds = zip(*pairs, strict=True) if pairs else ((), (), ())
-        a, b = np.array(one, dtype=np.intp), np.array(two, dtype=np.intp)
-        cost_s = np.array(seconds, dtype=np.float64) * factor
-        key = np.concatenate((a * workers + b, b * workers + a))
-        cost_s = np.concatenate((cost_s, cost_s))
-        order = np.lexsort((cost_s, key))
-        key, cost_s = key[order], cost_s[order]
-        first = np.ones(len(key), dtype=bool)
-        first[1:] = key[1:] != key[:-1]
-        key, cost_s = key[first], cost_s[first]
-        source, other = np.divmod(key, workers)
-        real = source != other
-        source, self._other, self._cost_s = source[real], other[real], cost_s[real]
+        a, b, cost = np.array(one, dtype=np.int64), np.array(two, dtype=np.int64), np.array(seconds, dtype=np.float32)
+        real = (b >= 0) & (a != b)
+        a, b, cost = a[real], b[real], cost[real]
+        pair = np.concatenate((a * workers + b, b * workers + a))
+        # Positive floats sort like their bits, so that one sort of integers orders pairs and costs within them.
+        packed = np.sort((pair << 32) | np.concatenate((cost, cost)).view(np.uint32).astype(np.int64))
+        pair = packed >> 32
+        first = np.ones(len(pair), dtype=bool)
+        first[1:] = pair[1:] != pair[:-1]
+        source, self._other = np.divmod(pair[first], workers)
+        self._cost_s = (packed[first] & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(np.float64)
         self._from = np.searchsorted(source, np.arange(workers + 1))
         self._source = source
+        # The same for every search with the same guess.
+        self._fast: tuple[float, tuple[Ints, Floats, Floats]] | None = None
 
     def of(self, worker: int) -> tuple[Ints, Floats]:
         """The workers it has a measured link to, and what each costs."""
@@ -60,16 +60,19 @@ class Links:
 
     def faster_than(self, guess_s: float) -> tuple[Ints, Floats, Floats]:
         """Links below the guess as padded rows (others [N, K], cost [N, K]), and each worker's best gain [N]."""
+        if self._fast is not None and self._fast[0] == guess_s:
+            return self._fast[1]
         fast = np.flatnonzero(self._cost_s < guess_s)
         source = self._source[fast]
         starts = np.searchsorted(source, np.arange(self.workers + 1))
         width = int(np.diff(starts).max(initial=0))
         column = np.arange(len(fast)) - starts[source]
-        others = np.zeros((self.workers, width), dtype=np.intp)
+        others = np.zeros((self.workers, width), dtype=np.int64)
         cost_s = np.full((self.workers, width), np.inf)
         others[source, column] = self._other[fast]
         cost_s[source, column] = self._cost_s[fast]
-        return others, cost_s, guess_s - cost_s.min(axis=1, initial=np.inf)
+        self._fast = guess_s, (others, cost_s, guess_s - cost_s.min(axis=1, initial=np.inf))
+        return self._fast[1]
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class _Search:
         self._p = problem
         self._fast_others_NK, self._fast_s_NK, self._gain_s_N = problem.links.faster_than(problem.guess_s)
         self._slow: dict[int, Ints] = {}
+        self._rows: dict[int, Floats] = {}
 
     def walk(self, block_s_BN: Floats) -> tuple[float, tuple[Piece, ...]] | None:
         """The cheapest walk, which may return to a worker."""
@@ -170,28 +174,36 @@ class _Search:
         p = self._p
         guessed_s = done_N[best] + p.guess_s
         np.add(p.enter_s_N, guessed_s, out=reach_N)
-        if best not in self._slow:
-            others, cost_s = p.links.of(best)
-            self._slow[best] = others[cost_s > p.guess_s]
-        for other in self._slow[best]:
-            # The guess does not hold between these two, so the next best worker matters.
-            if next_s_N[other] < np.inf:
-                reach_N[other] = self._arrive(done_N, int(other)).min() + p.enter_s_N[other]
+        slow = self._slower_than_guessed(best)
+        slow = slow[(next_s_N[slow] < np.inf) & (reach_N[slow] < done_N[slow])]
+        for other in slow.tolist():
+            # The guess does not hold from the best worker to this one, so the next best ones matter.
+            reach_N[other] = (done_N + self._links(other)).min() + p.enter_s_N[other]
         np.minimum(reach_N, done_N, out=reach_N)
         # A faster link only matters from a worker that is not further behind than the link gains.
-        sources = np.flatnonzero(done_N - self._gain_s_N < guessed_s - p.guess_s)
+        sources = (done_N - self._gain_s_N < done_N[best]).nonzero()[0]
         if len(sources):
-            others = self._fast_others_NK[sources]
-            arrive_s = done_N[sources, None] + self._fast_s_NK[sources] + p.enter_s_N[others]
-            np.minimum.at(reach_N, others.ravel(), arrive_s.ravel())
+            arrive_s = done_N[sources, None] + self._fast_s_NK[sources]
+            matter = arrive_s < guessed_s
+            others = self._fast_others_NK[sources][matter]
+            np.minimum.at(reach_N, others, arrive_s[matter] + p.enter_s_N[others])
 
-    def _arrive(self, done_N: Floats, worker: int) -> Floats:
-        """From every other worker: its cost so far and its link to `worker`."""
-        arrive_N = done_N + self._p.guess_s
-        others, cost_s = self._p.links.of(worker)
-        arrive_N[others] = done_N[others] + cost_s
-        arrive_N[worker] = np.inf
-        return arrive_N
+    def _slower_than_guessed(self, worker: int) -> Ints:
+        """Workers to which the link is measured and above the guess."""
+        if worker not in self._slow:
+            others, cost_s = self._p.links.of(worker)
+            self._slow[worker] = others[cost_s > self._p.guess_s]
+        return self._slow[worker]
+
+    def _links(self, worker: int) -> Floats:
+        """What the link between the worker and every other costs; none leads to itself."""
+        if worker not in self._rows:
+            link_s_N = np.full(self._p.links.workers, self._p.guess_s)
+            others, cost_s = self._p.links.of(worker)
+            link_s_N[others] = cost_s
+            link_s_N[worker] = np.inf
+            self._rows[worker] = link_s_N
+        return self._rows[worker]
 
     def _trace(self, reach_BN: Floats, done_BN: Floats, worker: int) -> tuple[Piece, ...]:
         pieces = []
@@ -199,6 +211,6 @@ class _Search:
         for block in range(end - 1, 0, -1):
             if reach_BN[block, worker] < done_BN[block - 1, worker]:
                 pieces.append((worker, block, end))
-                worker, end = int(self._arrive(done_BN[block - 1], worker).argmin()), block
+                worker, end = int((done_BN[block - 1] + self._links(worker)).argmin()), block
         pieces.append((worker, 0, end))
         return tuple(reversed(pieces))

@@ -186,7 +186,7 @@ def _throughputs(nodes: Sequence[NodeInfo], n_blocks: int) -> Floats:
 
 def _holders(nodes: Sequence[NodeInfo], n_blocks: int) -> Ints:
     """How many nodes serve each block now."""
-    result = np.zeros(n_blocks, dtype=np.intp)
+    result = np.zeros(n_blocks, dtype=np.int64)
     for node in nodes:
         if node.state == "serving":
             result[node.span.start : node.span.end] += 1

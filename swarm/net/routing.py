@@ -184,8 +184,12 @@ class _Table:
         self._queue_N = np.array([n.queue for n in nodes])
         self._share_N = (ends - starts) / n_blocks
         self._free_N = np.array([n.kv_free_bytes if n.kv_total_bytes else np.inf for n in nodes])
-        pairs = [(i, index[peer], rtt_s) for i, n in enumerate(nodes) for peer, rtt_s in n.rtts_s if peer in index]
-        self.links = Links(len(nodes), pairs, 0.5)
+        self.links = Links(
+            len(nodes),
+            np.repeat(np.arange(len(nodes)), [len(n.rtts_s) for n in nodes]).tolist(),
+            [index.get(peer, -1) for n in nodes for peer, _ in n.rtts_s],
+            [rtt_s / 2 for n in nodes for _, rtt_s in n.rtts_s],
+        )
 
     def usable(self, terms: RouteTerms, avoid: Collection[str]) -> NDArray[np.bool_]:
         usable_N = self._serving_N & self._exact_N if terms.prefer_exact else self._serving_N.copy()
