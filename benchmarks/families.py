@@ -8,8 +8,8 @@ of a cached prefill followed by decoding well beyond the sliding window (one tok
 chunk), and of a left-padded batch of two that goes on decoding.
 
 `exact`: families where no logit differs by more than 1e-5 of the largest one; `identical` of them agree
-bit for bit. `failed` has the reason of the others. `kv`: the largest relative error of
-`cache_bytes` against the bytes that the real caches hold.
+bit for bit. `failed` has the reason of the others.
+`kv_bytes_relative_error`: the largest error of `cache_bytes` against the bytes that the real caches hold.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from swarm.errors import SwarmError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.families import TABLE, Parts, cuts
+from swarm.model.kvsize import cache_bytes
 from swarm.model.shard import Head, Shard, View, n_blocks
 
 CPU = torch.device("cpu")
@@ -141,8 +142,26 @@ def compare(whole: Any, cut: Cut, vocabulary: int) -> Difference:
     return difference
 
 
-def check(config: Any, folder: Path) -> tuple[float, bool]:
-    """Save a random model of a configuration and compare its cuts with the whole. Raises what goes wrong."""
+def held_bytes(cache: Any) -> int:
+    """Bytes of the tensors in a cache."""
+
+    def held(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        if isinstance(value, dict):
+            return sum(held(each) for each in value.values())
+        return sum(held(each) for each in value) if isinstance(value, (list, tuple)) else 0
+
+    layers = [{k: v for k, v in vars(layer).items() if not k.startswith("_")} for layer in cache.layers]
+    return held(layers) + held(getattr(cache, "linear_cache", []))
+
+
+def check(config: Any, folder: Path) -> tuple[float, bool, float]:
+    """Save a random model of a configuration and compare its cuts with the whole.
+
+    Returns the largest relative difference of logits, whether all bits agree, and the largest relative
+    error of `cache_bytes`. Raises what goes wrong.
+    """
     Parts.of(config)  # refuses with the reason
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -151,14 +170,19 @@ def check(config: Any, folder: Path) -> tuple[float, bool]:
     del model
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = Checkpoint.open(str(folder))
-    worst, identical = 0.0, True
+    worst, identical, kv_error = 0.0, True, 0.0
     with torch.inference_mode():
         for at in splits(checkpoint.config):
-            difference = compare(whole, Cut(checkpoint, at), checkpoint.config.vocab_size)
+            cut = Cut(checkpoint, at)
+            difference = compare(whole, cut, checkpoint.config.vocab_size)
             if not difference.worst <= TOLERANCE:
                 raise ValueError(f"cut at {at}: logits differ by {difference.worst:.1e} of the largest")
             worst, identical = max(worst, difference.worst), identical and difference.identical
-    return worst, identical
+            for view, cache in zip(cut.views, cut.caches, strict=True):
+                said = 2 * cache_bytes(checkpoint.config, view.span, torch.float32, PREFILL + STEPS + CHUNK)
+                held = held_bytes(cache)
+                kv_error = max(kv_error, abs(said - held) / max(held, 1))
+    return worst, identical, kv_error
 
 
 def main(
@@ -173,14 +197,14 @@ def main(
     origin = provenance(1)
     started = time.perf_counter()
     kinds = only or families()
-    exact, identical, failed, worst = [], 0, {}, 0.0
+    exact, identical, failed, worst, kv_error = [], 0, {}, 0.0, 0.0
     for kind in kinds:
         same = True
         try:
             for config in variants(kind):
                 with tempfile.TemporaryDirectory(prefix="swarm-families-") as folder:
-                    difference, bits = check(config, Path(folder))
-                worst, same = max(worst, difference), same and bits
+                    difference, bits, kv = check(config, Path(folder))
+                worst, same, kv_error = max(worst, difference), same and bits, max(kv_error, kv)
         except SwarmError as error:
             failed[kind] = error.cause
         except Exception as error:  # any failure of any family is a result here
@@ -196,6 +220,7 @@ def main(
         "exact_by_table": sum(kind in TABLE for kind in exact),
         "worst_relative_difference": worst,
         "failed": failed,
+        "kv_bytes_relative_error": kv_error,
         "seconds": round(time.perf_counter() - started, 1),
     }
     publish("families", result, origin, json_to, save)

@@ -176,11 +176,11 @@ def families() -> list[str]:
 
 def variants(kind: str) -> list[Any]:
     """Small configurations of a family that together have all its kinds of layers."""
-    made = [_tiny(kind, special) for special in SPECIAL.get(kind, [{}])]
-    if "sliding_window" in _fields(kind) and "layer_types" not in _fields(kind):
-        # One kind of attention for all blocks: a model with a window, too, where the default has none.
-        if getattr(CONFIG_MAPPING[kind](), "sliding_window", None) is None:
-            made.append(_tiny(kind, {**SPECIAL.get(kind, [{}])[0], "sliding_window": WINDOW}))
+    specials, known = SPECIAL.get(kind, [{}]), _fields(kind)
+    made = [_tiny(kind, special) for special in specials]
+    # Where one kind of attention serves all blocks: a model with a window, too, if the default has none.
+    if "sliding_window" in known and "layer_types" not in known and CONFIG_MAPPING[kind]().sliding_window is None:
+        made.append(_tiny(kind, {**specials[0], "sliding_window": WINDOW}))
     return made
 
 
