@@ -31,15 +31,14 @@ _MAX_SPLITS = 200
 class Links:
     """Measured links between workers, the same in both directions; all others cost `guess_s`."""
 
-    def __init__(self, workers: int, one: Sequence[int], two: Sequence[int], seconds: Sequence[float]) -> None:
-        """Pairs of workers as two columns and what each costs; -1 in `two` is a stranger and left out.
+    def __init__(self, workers: int, one: Ints, two: Ints, seconds: Floats) -> None:
+        """Pairs of workers as two columns, and what each costs. Costs are kept to seven digits.
 
-        Of a pair that occurs twice, the smaller cost counts. Costs are kept to seven digits.
+        Of a pair that occurs twice, the smaller cost counts; a worker's link to itself does not.
         """
         self.workers = workers
-        a, b, cost = np.array(one, dtype=np.int64), np.array(two, dtype=np.int64), np.array(seconds, dtype=np.float32)
-        real = (b >= 0) & (a != b)
-        a, b, cost = a[real], b[real], cost[real]
+        real = one != two
+        a, b, cost = one[real], two[real], seconds[real].astype(np.float32)
         pair = np.concatenate((a * workers + b, b * workers + a))
         # Positive floats sort like their bits, so that one sort of integers orders pairs and costs within them.
         packed = np.sort((pair << 32) | np.concatenate((cost, cost)).view(np.uint32).astype(np.int64))

@@ -174,7 +174,8 @@ class _Table:
         self.n_blocks = n_blocks
         self.nodes = nodes = sorted(nodes, key=attrgetter("peer_id"))
         self.index = index = {node.peer_id: i for i, node in enumerate(nodes)}
-        starts, ends = np.array([n.span.start for n in nodes]), np.array([n.span.end for n in nodes])
+        starts = np.array([n.span.start for n in nodes], dtype=np.int64)
+        ends = np.array([n.span.end for n in nodes], dtype=np.int64)
         blocks = np.arange(n_blocks)[:, None]
         self.holds_BN = (starts <= blocks) & (blocks < ends)
         self._serving_N = np.array([n.state == "serving" for n in nodes], dtype=bool) & (ends <= n_blocks)
@@ -184,12 +185,12 @@ class _Table:
         self._queue_N = np.array([n.queue for n in nodes])
         self._share_N = (ends - starts) / n_blocks
         self._free_N = np.array([n.kv_free_bytes if n.kv_total_bytes else np.inf for n in nodes])
-        self.links = Links(
-            len(nodes),
-            np.repeat(np.arange(len(nodes)), [len(n.rtts_s) for n in nodes]).tolist(),
-            [index.get(peer, -1) for n in nodes for peer, _ in n.rtts_s],
-            [rtt_s / 2 for n in nodes for _, rtt_s in n.rtts_s],
-        )
+        one = np.repeat(np.arange(len(nodes)), [len(n.rtts_s) for n in nodes])
+        two = np.array([index.get(peer, -1) for n in nodes for peer, _ in n.rtts_s], dtype=np.int64)
+        links_s = np.array([rtt_s for n in nodes for _, rtt_s in n.rtts_s]) / 2
+        # Only of nodes that can follow each other in a chain.
+        meet = (two >= 0) & (starts[two] <= ends[one]) & (starts[one] <= ends[two])
+        self.links = Links(len(nodes), one[meet], two[meet], links_s[meet])
 
     def usable(self, terms: RouteTerms, avoid: Collection[str]) -> NDArray[np.bool_]:
         usable_N = self._serving_N & self._exact_N if terms.prefer_exact else self._serving_N.copy()
