@@ -117,7 +117,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         identity = Identity.load_or_create(data_dir.path / "identity.key")
         peer = await Peer.start(identity, settings.join.bootstrap, settings.peer)
         stack.push_async_callback(peer.stop)
-        checkpoint = await open_or_fetch(peer, settings.join, settings.model)
+        checkpoint = await open_or_fetch(peer, settings.join, settings.model, seal_hash=settings.join.seal_hash)
         compute = Compute()
         stack.callback(compute.stop)
         volunteer = Volunteer(peer, checkpoint, ledger, compute, choices)

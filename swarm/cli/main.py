@@ -8,6 +8,7 @@ import typer
 
 import swarm
 from swarm.cli import jobs, prompt, serve
+from swarm.cli.chat import chat
 from swarm.cli.demo import demo
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.add_typer(serve.node_app, name="node")
 app.add_typer(serve.coordinator_app, name="coordinator")
 app.add_typer(jobs.app, name="job")
 app.command("generate")(prompt.generate)
+app.command("chat")(chat)
 app.command("status")(prompt.status)
 app.command("demo")(demo)
 

@@ -49,6 +49,9 @@ def bootstrap_start(
     port: Port = 31330,
     announce: Announce = None,
     peer: Annotated[list[str] | None, typer.Option("--peer", help="Multiaddr of another bootstrap node.")] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Hash all weights into the join string; peers' weights are checked by it.")
+    ] = False,
     data_dir: DataDirOption = None,
     join_file: JoinFile = None,
     as_json: Json = False,
@@ -70,6 +73,7 @@ def bootstrap_start(
             data_dir=data_dir or default_data_dir("bootstrap"),
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
             others=tuple(peer or ()),
+            seal=seal,
         )
 
         def ready(join: JoinInfo) -> None:

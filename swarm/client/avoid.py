@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+AVOID_FILE = "avoided.json"
+"""Beside the client's identity."""
 _MOST = 256
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 import torch
 
-from swarm.client.avoid import AvoidList
+from swarm.client.avoid import AVOID_FILE, AvoidList
 from swarm.client.heads import BatchedHead
 from swarm.client.session import Session
 from swarm.errors import AdapterNotFound, BlocksMissing, InputError, SwarmError
@@ -31,13 +31,13 @@ from swarm.net.discovery import snapshot
 from swarm.net.health import Health
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
+from swarm.net.peer_source import open_or_fetch
 from swarm.net.routing import RouteTerms, find_replacement, find_route
 from swarm.net.view import AdapterInfo, Hop, NodeInfo, SwarmView
 from swarm.wire.v1 import chain_pb2 as pb
 
 _FRESH_S = 3.0
 """A view of the swarm is looked up again after so long, in the background while sessions are open."""
-AVOID_FILE = "avoided.json"
 _STEP_TIMEOUT_S = 600.0
 _MOST_MEASURED = 8
 _MEASURE_S = 5.0
@@ -57,10 +57,15 @@ class SwarmClient:
         encoding: str = "bfloat16",
         admission_s: float = 60.0,
         exact: bool = False,
+        peer: Peer | None = None,
     ) -> None:
         """encoding: how activations cross the links ("float32" for exact results of fp32 nodes).
         admission_s: how long a session waits for room on a node that is full.
-        exact: use only nodes whose weights are not quantized."""
+        exact: use only nodes whose weights are not quantized. peer: a running one, which stays its
+        owner's; None: one of its own, named by the key at `identity_path`. Raises ModelMismatch if the
+        checkpoint's tokenizer is not the swarm's."""
+        if join.tokenizer_hash:
+            checkpoint.check_tokenizer(join.tokenizer_hash, "the swarm")
         self._join = join
         self.checkpoint = checkpoint
         self._identity_path = identity_path
@@ -73,15 +78,16 @@ class SwarmClient:
         self._measuring: set[asyncio.Task[None]] = set()
         self.admission_s = admission_s
         self._exact = exact
+        self._given = peer
         self.avoid = AvoidList(identity_path.with_name(AVOID_FILE))
         self.traffic = Traffic()
         self.n_blocks = n_blocks(checkpoint.config)
         self.context_length = context_length(checkpoint.config)
 
     async def __aenter__(self) -> SwarmClient:
-        identity = Identity.load_or_create(self._identity_path)
-        self._peer = await Peer.start(identity, self._join.bootstrap, PeerSettings(client_only=True))
-        self._stack.push_async_callback(self._peer.stop)
+        self._peer = self._given or await start_client_peer(self._join, self._identity_path)
+        if self._given is None:
+            self._stack.push_async_callback(self._peer.stop)
         self.health = Health(self._peer)
         self._stack.push_async_callback(self.health.close)
         looking = asyncio.create_task(self._keep_looking())
@@ -268,6 +274,27 @@ class SwarmClient:
             i for entry in ids if entry is not None for i in (entry if isinstance(entry, (list, tuple)) else [entry])
         }
         return frozenset(flat)
+
+
+async def start_client_peer(join: JoinInfo, identity_path: Path) -> Peer:
+    """A peer that dials only. Raises JoinError, IdentityError, …"""
+    identity = Identity.load_or_create(identity_path)
+    return await Peer.start(identity, join.bootstrap, PeerSettings(client_only=True))
+
+
+@asynccontextmanager
+async def open_client(
+    join: JoinInfo, identity_path: Path, model: str = "", **settings: Any
+) -> AsyncIterator[SwarmClient]:
+    """A client whose head and tokenizer come from this machine (`model`, or where the join string says), from
+    the hub, or from the swarm's own nodes. settings: of `SwarmClient`. Raises ModelNotFound, ModelMismatch, …"""
+    peer = await start_client_peer(join, identity_path)
+    try:
+        checkpoint = await open_or_fetch(peer, join, model, seal_hash=join.seal_hash)
+        async with SwarmClient(join, checkpoint, identity_path, peer=peer, **settings) as client:
+            yield client
+    finally:
+        await peer.stop()
 
 
 class Scorer:

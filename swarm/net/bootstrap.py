@@ -1,7 +1,11 @@
-"""The bootstrap node: a DHT and relay peer that join strings name. It holds no model and no data."""
+"""The bootstrap node: a DHT and relay peer that join strings name.
+
+It runs no model; the files that it was started with it serves to newcomers that have none.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,6 +18,7 @@ from swarm.identity import Identity
 from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
+from swarm.net.weights import serve_weights
 
 log = structlog.get_logger()
 
@@ -25,6 +30,8 @@ class BootstrapSettings:
     peer: PeerSettings
     others: tuple[str, ...] = ()
     """Multiaddrs of further bootstrap nodes of the same swarm."""
+    seal: bool = False
+    """Hash all weights into the join string, so that one honest peer is enough to fetch them from."""
 
 
 async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo], None]) -> None:
@@ -36,11 +43,18 @@ async def run_bootstrap(settings: BootstrapSettings, ready: Callable[[JoinInfo],
         identity = Identity.load_or_create(data_dir.path / "identity.key")
         peer = await Peer.start(identity, settings.others, settings.peer)
         stack.push_async_callback(peer.stop)
+        holdings = await serve_weights(peer, checkpoint)
+        seal_hash = b""
+        if settings.seal:
+            log.info("sealing", model=checkpoint.name)
+            seal_hash = await asyncio.to_thread(holdings.make_seal)
         join = JoinInfo(
             bootstrap=(*peer.addrs, *settings.others),
             model=checkpoint.name,
             revision=checkpoint.revision,
             model_hash=checkpoint.model_hash,
+            tokenizer_hash=checkpoint.tokenizer_hash,
+            seal_hash=seal_hash,
         )
         log.info("bootstrap_ready", peer=peer.peer_id, addrs=list(peer.addrs))
         ready(join)

@@ -201,7 +201,7 @@ class Chain:
         return seq, output
 
     async def push(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> None:
-        """Send a step that nobody answers (`tail` 0): a chunk of a prompt, or a refill. Failures show at the next one."""
+        """Send a step that nobody answers (`tail` 0): a prompt's chunk, a refill. Failures show at the next one."""
         if self._failure is not None:
             raise self._failure
         _, frame, payload = self._step(hidden_BTD, position, extras)

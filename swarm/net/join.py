@@ -36,6 +36,10 @@ class JoinInfo:
     coordinator: str = ""
     """host:port, empty where the swarm has none."""
     tls_fingerprint: bytes = b""
+    tokenizer_hash: bytes = b""
+    """What the swarm's tokenizer must hash to; empty: not told."""
+    seal_hash: bytes = b""
+    """What all weights together must hash to when they come from peers; empty: peers vouch for each other."""
 
     def with_coordinator(self, address: str, fingerprint: bytes) -> JoinInfo:
         return replace(self, coordinator=address, tls_fingerprint=fingerprint)
@@ -48,6 +52,8 @@ class JoinInfo:
             model_hash=self.model_hash,
             coordinator=self.coordinator,
             tls_fingerprint=self.tls_fingerprint,
+            tokenizer_hash=self.tokenizer_hash,
+            seal_hash=self.seal_hash,
         )
         body = message.SerializeToString()
         return PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
@@ -88,4 +94,6 @@ def parse_join(text: str) -> JoinInfo:
         model_hash=message.model_hash,
         coordinator=message.coordinator,
         tls_fingerprint=message.tls_fingerprint,
+        tokenizer_hash=message.tokenizer_hash,
+        seal_hash=message.seal_hash,
     )

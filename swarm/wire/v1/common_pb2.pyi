@@ -174,6 +174,8 @@ class JoinInfo(_message.Message):
     MODEL_HASH_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
     TLS_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TOKENIZER_HASH_FIELD_NUMBER: _builtins.int
+    SEAL_HASH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """folder or hub id"""
     revision: _builtins.str
@@ -183,6 +185,10 @@ class JoinInfo(_message.Message):
     """host:port, empty where there is none"""
     tls_fingerprint: _builtins.bytes
     """SHA-256 of the coordinator's TLS certificate (DER)"""
+    tokenizer_hash: _builtins.bytes
+    """of the swarm's tokenizer files (swarm.model.tokens); empty: not told"""
+    seal_hash: _builtins.bytes
+    """of all weights (swarm.model.holdings): peers' weights are checked by it; empty: none"""
     @_builtins.property
     def bootstrap(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """multiaddrs that end in /p2p/<peer id>"""
@@ -196,10 +202,12 @@ class JoinInfo(_message.Message):
         model_hash: _builtins.bytes = ...,
         coordinator: _builtins.str = ...,
         tls_fingerprint: _builtins.bytes = ...,
+        tokenizer_hash: _builtins.bytes = ...,
+        seal_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap", b"bootstrap", "coordinator", b"coordinator", "model", b"model", "model_hash", b"model_hash", "revision", b"revision", "tls_fingerprint", b"tls_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bootstrap", b"bootstrap", "coordinator", b"coordinator", "model", b"model", "model_hash", b"model_hash", "revision", b"revision", "seal_hash", b"seal_hash", "tls_fingerprint", b"tls_fingerprint", "tokenizer_hash", b"tokenizer_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
