@@ -18,7 +18,7 @@ class AvoidList:
     """Peer id → until when, and the reason. A file that cannot be read or written only costs memory of it."""
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
+        self.path = path
         self._clock = clock
         self._entries: dict[str, tuple[float, str]] = {}
         if path is not None:
@@ -42,10 +42,10 @@ class AvoidList:
         now = self._clock()
         live = sorted(((u, p, r) for p, (u, r) in self._entries.items() if u > now), reverse=True)[:_MOST]
         self._entries = {peer: (until, reason) for until, peer, reason in live}
-        if self._path is None:
+        if self.path is None:
             return
         content = json.dumps({p: {"until": u, "reason": r} for p, (u, r) in self._entries.items()})
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with suppress(OSError):
             temporary.write_text(content)
-            os.replace(temporary, self._path)
+            os.replace(temporary, self.path)

@@ -247,9 +247,9 @@ class Session:
 
     async def _give_way(self, error: SwarmError, *, moved: bool) -> None:
         """Drop the chain, and the node at fault from the ways to go."""
-        self.rebuilt += 1
         chain, self._chain = self._chain, None
         if chain is not None:
+            self.rebuilt += 1
             await chain.close(keep=True)
         if moved or (isinstance(error, SessionError) and not isinstance(error, Preempted)):
             # Rows may have moved on some hops only; or a hop cannot go back, or knows nothing of us.
@@ -271,6 +271,7 @@ class Session:
         hops = await self._route(leaving)
         if old is not None:
             if leaving:
+                self.rebuilt += 1
                 log.info("leaving_nodes", session=self._session_id[:8], nodes=[peer[-6:] for peer in leaving])
             self._chain = None
             await old.close(keep=True)

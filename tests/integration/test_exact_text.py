@@ -13,7 +13,6 @@ from swarm.client.sampling import Sampling
 from swarm.client.swarm import SwarmClient
 from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import parse_join
-from swarm.net.routing import find_chain
 from swarm.net.view import Hop
 from tests.integration.processes import Swarm
 
@@ -62,9 +61,8 @@ async def _chains(swarm: Swarm, model: Path) -> tuple[tuple[Hop, ...], tuple[Hop
         parse_join(swarm.join), Checkpoint.open(str(model)), swarm.root / "look" / "identity.key"
     ) as client:
         view = await client.view()
-    whole = find_chain(view.nodes, client.n_blocks)
-    halves = find_chain(view.nodes, client.n_blocks, avoid={hop.peer_id for hop in whole})
-    return whole, halves
+    hops = {str(node.span): Hop(node.peer_id, node.span, node.addrs) for node in view.nodes}
+    return (hops["0:30"],), (hops["0:15"], hops["15:30"])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +119,8 @@ async def test_sampling_is_seeded_and_uses_the_distribution(serving_swarm: Swarm
 def test_generate_and_status_commands(serving_swarm: Swarm) -> None:
     answer = serving_swarm.run_json("generate", PROMPTS[0], "--max-new-tokens", "12")
     assert "Paris" in answer["text"]
-    assert [hop["blocks"] for hop in answer["hops"]] == ["0:30"]
+    # Which way is faster is measured, and a busy machine measures this and that.
+    assert [hop["blocks"] for hop in answer["hops"]] in (["0:30"], ["0:15", "15:30"])
     spoken = serving_swarm.run("generate", PROMPTS[0], "--max-new-tokens", "12")
     assert spoken.stdout.strip() == answer["text"]
     status = serving_swarm.run_json("status")

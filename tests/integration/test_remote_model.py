@@ -23,7 +23,7 @@ from swarm import SwarmForCausalLM
 from swarm.client.cache import RemoteCache
 from swarm.client.conversation import Conversation
 from swarm.errors import ContextTooLong, InputError, SessionError
-from tests.integration.processes import ENVIRONMENT, Swarm, swarm_of
+from tests.integration.processes import ENVIRONMENT, Swarm
 
 PROMPT = "The sea was calm. The sea was cold. The ship"
 UNEQUAL = ["The capital of France is", "Once upon a time, in a village without a name, there lived", "Two plus two"]
@@ -31,8 +31,15 @@ UNEQUAL = ["The capital of France is", "Once upon a time, in a village without a
 
 @pytest.fixture(scope="module")
 def swarm(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
-    with swarm_of(tmp_path_factory.mktemp("remote"), smollm2, {"a": "0:15", "b": "15:30"}) as running:
+    running = Swarm(tmp_path_factory.mktemp("remote"), smollm2)
+    try:
+        running.bootstrap()
+        spans = {"a": "0:15", "b": "15:30"}
+        for node in [running.node(name, blocks, "--dtype", "float32") for name, blocks in spans.items()]:
+            node.event()
         yield running
+    finally:
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def remote(swarm: Swarm, smollm2: Path) -> Iterator[SwarmForCausalLM]:
 
 def _load(swarm: Swarm, smollm2: Path, name: str) -> SwarmForCausalLM:
     return SwarmForCausalLM.from_pretrained(
-        smollm2, join=swarm.join, dtype="float32", encoding="float32", data_dir=swarm.root / name
+        smollm2, join=swarm.join, dtype="float32", encoding="float32", exact=True, data_dir=swarm.root / name
     )
 
 
