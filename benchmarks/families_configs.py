@@ -60,6 +60,12 @@ SIZES: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    # sliding layers with heads of their own
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 16,
     # dense blocks among sparse ones
     "mlp_only_layers": [1, 4],
     # factors that are 1 by default and not in released models

@@ -258,7 +258,8 @@ class View:
         position: cached columns before these, the same for every row. mask_BS: [B, position + T], 0 on
         padding columns, or None if there are none to the left (padding to the right needs no
         mask: nothing real attends to what follows it); with four dimensions it is taken as it is.
-        positions_BT: position ids, else position, position + 1, …
+        positions_BT: position ids, else position, position + 1, …; without cache and mask, ids that start
+        again mark sequences packed into one row, which do not see each other, as everywhere in transformers.
         """
         if positions_BT is None:
             time = hidden_BTD.shape[1]
