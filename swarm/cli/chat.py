@@ -43,6 +43,8 @@ def chat(
     activations: Annotated[
         str, typer.Option(help="Encoding on the links: bfloat16, float16, float32 or int8.")
     ] = "bfloat16",
+    exact: Annotated[bool, typer.Option("--exact", help="Use only nodes whose weights are not quantized.")] = False,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for room on full nodes.")] = 60.0,
     model: Model = None,
     dtype: Dtype = "float32",
     threads: Threads = 0,
@@ -81,6 +83,8 @@ def chat(
             adapter=adapter,
             dtype="float32" if dtype == "auto" else dtype,
             encoding=activations,
+            exact=exact,
+            admission_s=wait,
             data_dir=data_dir,
             waiting=lambda position, reason: _notice(f"waiting for admission: position {position} ({reason})"),
         )

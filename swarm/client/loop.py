@@ -14,7 +14,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
 from swarm.client.swarm import SwarmClient
@@ -28,17 +28,18 @@ _CLOSE_TIMEOUT_S = 30.0
 
 
 class ClientLoop:
-    """A thread that runs an event loop inside `async with client`. Raises what entering the client raises."""
+    """A thread that runs an event loop inside `async with opening as client`. Raises what entering that raises."""
 
-    def __init__(self, client: SwarmClient) -> None:
-        self.client = client
+    def __init__(self, opening: AbstractAsyncContextManager[SwarmClient]) -> None:
+        """opening: a client, or what yields one (`open_client`)."""
+        self._opening = opening
         self._loop = _new_loop()
         self._closed = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="swarm-client", daemon=True)
         self._thread.start()
         try:
-            self.call(client.__aenter__)
+            self.client = self.call(self._enter)
         except BaseException:
             self._closed = True
             self._end()
@@ -69,15 +70,21 @@ class ClientLoop:
                 return
             self._closed = True
             if threading.current_thread() is self._thread:
-                task = self._loop.create_task(self.client.__aexit__(None, None, None))
+                task = self._loop.create_task(self._leave())
                 task.add_done_callback(lambda _: self._loop.stop())
                 return
             try:
-                self._run(lambda: self.client.__aexit__(None, None, None), _CLOSE_TIMEOUT_S)
+                self._run(self._leave, _CLOSE_TIMEOUT_S)
             finally:
                 self._end()
         finally:
             self._lock.release()
+
+    async def _enter(self) -> SwarmClient:
+        return await self._opening.__aenter__()
+
+    async def _leave(self) -> None:
+        await self._opening.__aexit__(None, None, None)
 
     def _run(self, make: Callable[[], Coroutine[Any, Any, T]], timeout_s: float | None = None) -> T:
         if threading.current_thread() is self._thread:

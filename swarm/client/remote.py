@@ -29,10 +29,10 @@ from swarm.client.autograd import GradientChains, remote_blocks
 from swarm.client.cache import RemoteCache
 from swarm.client.columns import new_columns
 from swarm.client.loop import ClientLoop
-from swarm.client.swarm import SwarmClient
+from swarm.client.swarm import SwarmClient, open_client
 from swarm.datadir import default_data_dir
 from swarm.errors import InputError
-from swarm.model.checkpoint import Checkpoint, open_for
+from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import parse_join
 
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch"})
@@ -51,27 +51,22 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        client: SwarmClient,
-        adapter: str = "",
-        waiting: Callable[[int, str], None] | None = None,
-    ) -> None:
-        """Enters `client`, which is left by `close`. Raises JoinError, AdapterNotFound and what the head raises."""
+    def __init__(self, loop: ClientLoop, adapter: str = "", waiting: Callable[[int, str], None] | None = None) -> None:
+        """Takes over `loop`, which `close` ends. Raises AdapterNotFound and what loading the head raises."""
+        checkpoint = loop.client.checkpoint
         super().__init__(copy.deepcopy(checkpoint.config))
-        self.head = client.head._model
+        self.head = loop.client.head._model
         self.all_tied_weights_keys: dict[str, str] = {}
         self.generation_config = _generation_config(checkpoint, self.config)
         self.adapter = adapter
         self._waiting = waiting
         self.eval()
-        self._loop = ClientLoop(client)
+        self._loop = loop
         self._plain_embedding: bool | None = None
-        self._chains = GradientChains(self._loop, adapter)
+        self._chains = GradientChains(loop, adapter)
         self._of_thread = threading.local()
-        self._finalizer = weakref.finalize(self, self._loop.close)
-        self._loop.call(lambda: client.find_adapter(adapter))
+        loop.call(lambda: loop.client.find_adapter(adapter))
+        self._finalizer = weakref.finalize(self, loop.close)
 
     @classmethod
     def from_pretrained(
@@ -82,14 +77,17 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         adapter: str = "",
         dtype: torch.dtype | str = torch.float32,
         encoding: str = "bfloat16",
+        exact: bool = False,
+        admission_s: float = 60.0,
         data_dir: Path | None = None,
         waiting: Callable[[int, str], None] | None = None,
     ) -> Self:
         """Load the head and connect.
 
-        model: checkpoint folder or hub id on this machine; None: the one that the join string names.
+        model: checkpoint folder or hub id; None: the one that the join string names, or the nodes hold.
         join: join string, or @FILE. adapter: name of an adapter that nodes announce. dtype: of the head.
         encoding: how activations cross the links ("float32" for exact results of fp32 nodes).
+        exact: use only nodes whose weights are not quantized. admission_s: how long to wait for room.
         waiting: told (position in the queue, reason) while a node has no room, from another thread.
         Raises JoinStringError, JoinError, ModelNotFound, ModelMismatch, UnsupportedModel, AdapterNotFound.
         """
@@ -97,10 +95,14 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"dtype cannot be {dtype!r}", "give torch.float32, torch.bfloat16 or torch.float16")
         info = parse_join(join)
-        checkpoint = open_for(info.model, info.revision, info.model_hash, str(model or ""))
         identity_path = (data_dir or default_data_dir("client")) / "identity.key"
-        client = SwarmClient(info, checkpoint, identity_path, dtype=dtype, encoding=encoding)
-        return cls(checkpoint, client, adapter, waiting)
+        settings: dict[str, Any] = {"encoding": encoding, "exact": exact, "admission_s": admission_s}
+        loop = ClientLoop(open_client(info, identity_path, str(model or ""), dtype=dtype, **settings))
+        try:
+            return cls(loop, adapter, waiting)
+        except BaseException:
+            loop.close()
+            raise
 
     # Its life.
 
