@@ -27,12 +27,13 @@ Scheme = Literal["none", "int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 GROUP = 32
-"""Inputs that share an int4 scale. 64 would save half a bit and lose a third more (docs/experiments.md)."""
+"""Inputs that share an int4 scale. 64 would save half a bit and cost half as much KL again (docs/experiments.md)."""
 _LEAST_WEIGHTS = 2**14
 _ROUTERS = ("gate", "router")
+_NATIVE_ROWS_CPU = 4
 _NATIVE_ROWS_CUDA = {"int8": 8, "int4": 64}
-_NATIVE_ROWS_BF16 = 4
-"""Beyond these, dequantizing once and multiplying is faster."""
+"""With more rows the other ways are faster. Measured on a CPU; on cards not by us: torchao's published table has
+the 4-bit kernel lose beyond about 100 rows, and int8's works with one thread an output."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,13 @@ class QuantizedWeight:
         return output_MO.reshape(*input.shape[:-1], self.shape[0])
 
     def _int8(self, input_MI: torch.Tensor) -> torch.Tensor:
-        can, rows = traits(self.codes.device), input_MI.shape[0]
-        if input_MI.is_cuda:
-            way = int8.native if can.int8_native.used and rows <= _NATIVE_ROWS_CUDA["int8"] else int8.pieces
-        elif input_MI.dtype == torch.float32:
-            if rows == 1 and can.int8_native.used:
-                way = int8.native
-            else:
-                way = int8.digits if rows > 1 and can.int8_digits.used else int8.pieces
+        can, on_card = traits(self.codes.device), input_MI.is_cuda
+        if can.int8_native.used and input_MI.shape[0] <= (_NATIVE_ROWS_CUDA["int8"] if on_card else _NATIVE_ROWS_CPU):
+            way = int8.native
+        elif can.int8_digits.used and input_MI.dtype == torch.float32:
+            way = int8.digits
         else:
-            way = int8.native if can.int8_native.used and rows <= _NATIVE_ROWS_BF16 else int8.pieces
+            way = int8.pieces
         return way(input_MI, self.codes, self.scales)
 
     def _int4(self, input_MI: torch.Tensor) -> torch.Tensor:

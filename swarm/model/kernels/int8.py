@@ -7,11 +7,11 @@ number of rows alone, so equal calls give equal bits.
 One row waits for memory, many rows for arithmetic (one thread of an EPYC, all linear layers of SmolLM2's
 blocks, float32 activations, ms; docs/experiments.md):
 
-    rows              1     2     8    16   128
-    float32        33.4  47.4    55    71   383
-    native         13.7  16.9    34    55   426
-    pieces         18.2  25.8    44    59   382
-    digits         20    21.5    33    42   300
+    rows              1     2     4     8    16   128   512
+    float32          35    53    47    56    75   322  1197
+    native           14    17    21    34    55   426
+    pieces           18    26    32    44    59   382  1453
+    digits           24    31    33    38    48   190   783
 """
 
 from __future__ import annotations
