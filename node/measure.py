@@ -22,6 +22,7 @@ At the lengths of most sessions a step is bound by the weights, not by the cache
 _PREFILL_TOKENS = 128
 _LEAST_PREFILL_TOKENS = 16
 _MOST_RUNS = 15
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ class Speed:
     """Whether eight rows fitted; if not, `decode8_s_per_block` is eight steps of one."""
 
 
-def measure_speed(view: View, width: int, dtype: torch.dtype, device: torch.device, budget_s: float = 3.0) -> Speed:
+def measure_speed(
+    view: View,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_s: float = 3.0,
+    clock: Clock = time.perf_counter,
+) -> Speed:
     """Time the view at one and at eight rows, and a prefill chunk as long as the budget allows.
 
     `width`: of the hidden states. A device so slow that one step takes more than the budget takes two steps of
@@ -58,7 +66,7 @@ def measure_speed(view: View, width: int, dtype: torch.dtype, device: torch.devi
             view.forward(step_BTD, position, cache)
             position += 1
 
-        return _median_s(step, share_s, device)
+        return _median_s(step, share_s, device, clock)
 
     with torch.inference_mode():
         one_s = decode_s(1)
@@ -69,7 +77,7 @@ def measure_speed(view: View, width: int, dtype: torch.dtype, device: torch.devi
         # A token of a chunk takes at most what a row of eight does; one warm-up and one run must fit.
         tokens = max(_LEAST_PREFILL_TOKENS, min(_PREFILL_TOKENS, int(share_s / 2 / (eight_s / 8))))
         prompt_BTD = hidden(1, tokens)
-        prefill_s = _median_s(lambda: view.forward(prompt_BTD, 0, view.new_cache()), share_s, device)
+        prefill_s = _median_s(lambda: view.forward(prompt_BTD, 0, view.new_cache()), share_s, device, clock)
     return Speed(one_s / blocks, eight_s / blocks, tokens / prefill_s, fits)
 
 
@@ -80,17 +88,17 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _median_s(step: Callable[[], object], budget_s: float, device: torch.device) -> float:
+def _median_s(step: Callable[[], object], budget_s: float, device: torch.device, clock: Clock) -> float:
     """The median of 1 to 15 runs, as many as the budget allows, after one that warms up."""
     times_s: list[float] = []
-    end_s = time.perf_counter() + budget_s
+    end_s = clock() + budget_s
     step()
-    while not times_s or (len(times_s) < _MOST_RUNS and time.perf_counter() < end_s):
+    while not times_s or (len(times_s) < _MOST_RUNS and clock() < end_s):
         _finish(device)
-        start_s = time.perf_counter()
+        start_s = clock()
         step()
         _finish(device)
-        times_s.append(time.perf_counter() - start_s)
+        times_s.append(clock() - start_s)
     return statistics.median(times_s)
 
 
