@@ -373,3 +373,40 @@ def test_chat_command_takes_lines_of_a_pipe(swarm: Swarm) -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT}
+
+
+def test_a_node_that_dies_is_replaced(swarm: Swarm, smollm2: Path, local: Any, prompt: torch.Tensor) -> None:
+    """Within a call of generate(), and between a forward pass and its backward pass."""
+    swarm.node("spare", "15:30", "--dtype", "float32").event()
+    second = {name: process for process in swarm.processes if (name := process.name) in ("b", "spare")}
+    peers = {process.wait_log("serving")["peer"]: process for process in second.values()}
+
+    class Kill(BaseStreamer):  # type: ignore[misc]
+        puts = 0
+        killed = ""
+
+        def put(self, value: torch.Tensor) -> None:
+            self.puts += 1
+            if self.puts == 5:
+                assert cache.session is not None
+                self.killed = cache.session.hops[-1].peer_id
+                peers[self.killed].kill()
+
+        def end(self) -> None: ...
+
+    with _load(swarm, smollm2, "failover") as model:
+        gradients = []
+        for one in (model, local):
+            embeds = one.get_input_embeddings()(prompt).detach().requires_grad_()
+            gradients.append((embeds, one(inputs_embeds=embeds, labels=prompt).loss))
+        kill = Kill()
+        with model.session() as cache:
+            found = model.generate(prompt, max_new_tokens=16, streamer=kill)
+            assert cache.session is not None
+            assert cache.session.hops[-1].peer_id not in ("", kill.killed)
+        assert kill.killed
+        assert found.tolist() == local.generate(prompt, max_new_tokens=16).tolist()
+        for _, loss in gradients:
+            loss.backward()
+        (embeds, _), (expected, _) = gradients
+        assert float((embeds.grad - expected.grad).norm() / expected.grad.norm()) < 1e-4
