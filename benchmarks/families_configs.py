@@ -124,7 +124,7 @@ SPECIAL: dict[str, list[dict[str, Any]]] = {
     # Must be fewer than the blocks.
     "gemma3n_text": [{"num_kv_shared_layers": 2}],
     # The default lets every block choose tokens for itself.
-    "glm_moe_dsa": [{"indexer_types": ["full", "shared", "full", "shared", "full", "shared"]}],
+    "glm_moe_dsa": [{"indexer_types": ["full", "full", "shared"] * (BLOCKS // 3)}],
     # The second one scales by depth.
     "gpt2": [{}, {"scale_attn_by_inverse_layer_idx": True}],
     # Heads may differ by block, which the default does not use.
