@@ -21,7 +21,7 @@ from swarm.adapters.registry import MAX_ADAPTER_BYTES
 from swarm.errors import AdapterNotFound, StorageError
 from swarm.ids import NAME_PATTERN, sha256
 from swarm.net.blobs import fetch_file, serve_blobs
-from swarm.net.discovery import REFRESH_S, publish_adapter, snapshot
+from swarm.net.discovery import ADAPTER_REFRESH_S, publish_adapter, snapshot
 from swarm.net.p2p import Peer
 from swarm.net.view import AdapterInfo, FileInfo
 
@@ -88,7 +88,7 @@ class AdapterStore:
         self.add(AdapterInfo(name, "", 0, files, ()), contents)
 
     async def announce(self) -> None:
-        """Write this node's adapter records; call at least every `RECORD_TTL_S`."""
+        """Write this node's adapter records; call at least every `ADAPTER_TTL_S`."""
         for info in list(self._held.values()):
             await publish_adapter(self._peer, self._model_hash, info.name, info.job_id, info.round, info.files)
 
@@ -96,7 +96,7 @@ class AdapterStore:
         """Write the records again and again, until cancelled."""
         while True:
             await self.announce()
-            await asyncio.sleep(REFRESH_S)
+            await asyncio.sleep(ADAPTER_REFRESH_S)
 
     async def files(self, name: str, wanted: tuple[FileInfo, ...]) -> dict[str, bytes]:
         """The contents of exactly these files: from disk, or from a peer that announces them."""

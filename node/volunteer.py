@@ -34,7 +34,9 @@ from swarm.net.ping import measure_many, median_bytes_per_s, worth_measuring
 from swarm.net.placement import SETTLE_S, choose_span, consider_move, settle_span
 from swarm.net.view import NodeInfo, NodeStatus
 
-_CONSIDER_S = 5.0
+_CONSIDER_S = 16.0
+_CONFIRM_S = 2.0
+"""How often a node thinks about moving, and how often once it has announced a move."""
 _MEASURE_S = 1.0
 _LOOK_AROUND_S = 60.0
 _PROBE_BYTES = 256 * 1024
@@ -222,7 +224,7 @@ class Volunteer:
             return
         announced_at: float | None = None
         while True:
-            await asyncio.sleep(_CONSIDER_S)
+            await asyncio.sleep(_CONSIDER_S if announced_at is None else _CONFIRM_S)
             nodes = (await snapshot(self._peer, self._checkpoint.model_hash)).nodes
             since_s = None if announced_at is None else time.monotonic() - announced_at
             decision = consider_move(self._peer.peer_id, nodes, self._total, since_s)

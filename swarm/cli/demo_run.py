@@ -30,7 +30,8 @@ from swarm.client.swarm import SwarmClient
 from swarm.errors import AdapterNotFound, SwarmError
 from swarm.model.checkpoint import Checkpoint
 from swarm.net.join import parse_join
-from swarm.net.routing import find_chain
+from swarm.net.routing import find_route
+from swarm.net.view import Hop
 from swarm.samples import movie_sentences, review_chat, smollm2_folder, write_sentiment_jsonl
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -193,8 +194,9 @@ async def _start_swarm(processes: Processes, out: Path, model: str) -> str:
 async def _score(client: SwarmClient, questions: list[Question], adapter: str, tell: Any) -> Score:
     """Score over two disjoint chains side by side: half of the blocks on each of two nodes, and all on one."""
     view = await client.view()
-    first = find_chain(view.nodes, client.n_blocks)
-    second = find_chain(view.nodes, client.n_blocks, avoid={hop.peer_id for hop in first})
+    whole = next(node for node in view.nodes if len(node.span) == client.n_blocks)
+    first = (Hop(whole.peer_id, whole.span, whole.addrs),)
+    second = find_route(view.nodes, client.n_blocks, avoid={whole.peer_id}).hops
     async with AsyncExitStack() as stack:
         workers = []
         for hops in (first, second):

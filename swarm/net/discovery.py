@@ -44,19 +44,6 @@ async def publish_status(peer: Peer, model_hash: bytes, status: NodeStatus) -> b
     return await peer.publish(_key("span", model_hash), "span", record, RECORD_TTL_S)
 
 
-async def publish_span(
-    peer: Peer, model_hash: bytes, span: Span, *, dtype: str, sessions: int, state: str = "serving"
-) -> bool:
-    """Thin wrapper of `publish_status`, to be deleted once node/main.py publishes a NodeStatus."""
-    return await publish_status(peer, model_hash, NodeStatus(span=span, dtype=dtype, sessions=sessions, state=state))
-
-
-async def withdraw_span(peer: Peer, model_hash: bytes, span: Span, dtype: str) -> None:
-    """Thin wrapper of `publish_status`, to be deleted once node/main.py publishes a NodeStatus."""
-    leaving = NodeStatus(span=span, dtype=dtype, state="draining", reason="the node is shutting down")
-    await publish_status(peer, model_hash, leaving)
-
-
 async def publish_adapter(
     peer: Peer, model_hash: bytes, name: str, job_id: str, round: int, files: Sequence[FileInfo]
 ) -> bool:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from swarm.errors import BlocksMissing
 from swarm.ids import Span, ranges_text
 from swarm.net.cheapest import Floats, Links, Problem, cheapest
-from swarm.net.placement import choose_span as choose_span  # until node/main.py imports it from there
 from swarm.net.view import Hop, NodeInfo
 
 GUESSED_RTT_S = 0.1
@@ -69,11 +68,6 @@ class Replacement:
     kept: tuple[Hop, ...]
     """Hops that stay as they were, with their caches. Empty: a whole new route."""
     reason: str
-
-
-def find_chain(nodes: Sequence[NodeInfo], n_blocks: int, avoid: Collection[str] = ()) -> tuple[Hop, ...]:
-    """The hops of `find_route` on default terms."""
-    return find_route(nodes, n_blocks, avoid=avoid).hops
 
 
 def find_route(

@@ -14,11 +14,9 @@ from swarm.net.discovery import (
     RECORD_TTL_S,
     REFRESH_S,
     node_info,
-    publish_span,
     publish_status,
     snapshot,
     span_record,
-    withdraw_span,
 )
 from swarm.net.p2p import Peer
 from swarm.net.view import NodeStatus
@@ -100,16 +98,19 @@ def test_the_times_leave_room_for_clocks_and_lost_writes() -> None:
     assert RECORD_TTL_S >= 3 * REFRESH_S
 
 
+LEAVING = NodeStatus(span=Span(3, 9), state="draining", reason="the node is shutting down")
+
+
 async def test_records_are_seen_at_once_and_dead_nodes_leave_in_time(start_peer: StartPeer) -> None:
     reader, node, dying = await start_peer("reader"), await start_peer("node"), await start_peer("dying")
     assert await publish_status(node, MODEL, STATUS)
-    assert await publish_span(dying, MODEL, Span(0, 3), dtype="float32", sessions=1)
+    assert await publish_status(dying, MODEL, NodeStatus(span=Span(0, 3), sessions=1))
     died_s = time.monotonic()
     await dying.stop()
     view = await snapshot(reader, MODEL)
     assert {n.peer_id: n.span for n in view.nodes} == {node.peer_id: Span(3, 9), dying.peer_id: Span(0, 3)}
     # A node that leaves says so, and its older record does not come back.
-    await withdraw_span(node, MODEL, Span(3, 9), "bfloat16")
+    assert await publish_status(node, MODEL, LEAVING)
     states = {n.peer_id: (n.state, n.reason) for n in (await snapshot(reader, MODEL)).nodes}
     assert states[node.peer_id] == ("draining", "the node is shutting down")
     # Nothing tells of an expiry: looking is the only way to see it.

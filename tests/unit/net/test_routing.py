@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from swarm.errors import BlocksMissing
 from swarm.ids import Span, missing_blocks
-from swarm.net.routing import Route, RouteTerms, block_s, enter_s, find_chain, find_replacement, find_route
+from swarm.net.routing import Route, RouteTerms, block_s, enter_s, find_replacement, find_route
 from swarm.net.view import Hop, NodeInfo
 
 N = 6
@@ -196,9 +196,9 @@ def test_without_a_fill_the_whole_route_is_new_and_says_so() -> None:
 
 def test_fewest_hops_then_least_load() -> None:
     nodes = [node("a", 0, 3), node("b", 3, 6), node("c", 0, 6, sessions=5), node("d", 0, 6, sessions=1)]
-    assert [h.peer_id for h in find_chain(nodes, N)] == ["d"]
-    assert [h.peer_id for h in find_chain(nodes, N, avoid={"d"})] == ["c"]
-    halves = find_chain(nodes, N, avoid={"c", "d"})
+    assert [h.peer_id for h in find_route(nodes, N).hops] == ["d"]
+    assert [h.peer_id for h in find_route(nodes, N, avoid={"d"}).hops] == ["c"]
+    halves = find_route(nodes, N, avoid={"c", "d"}).hops
     assert [(h.peer_id, str(h.span)) for h in halves] == [("a", "0:3"), ("b", "3:6")]
 
 
@@ -219,10 +219,10 @@ def test_a_full_node_is_used_last_and_named() -> None:
 
 def test_missing_blocks_are_named() -> None:
     with pytest.raises(BlocksMissing, match="no node holds blocks 0-1, 4"):
-        find_chain([node("a", 2, 4), node("b", 5, 6)], N)
+        find_route([node("a", 2, 4), node("b", 5, 6)], N)
     with pytest.raises(BlocksMissing, match="block 5"):
-        find_chain([node("a", 0, 5), node("b", 0, 6, state="draining")], N)
+        find_route([node("a", 0, 5), node("b", 0, 6, state="draining")], N)
     with pytest.raises(BlocksMissing, match="no unquantized node holds block 5"):
         find_route([node("a", 0, 5), node("b", 0, 6, quantization="int8")], N, RouteTerms(prefer_exact=True))
     with pytest.raises(BlocksMissing, match="blocks 0-5"):
-        find_chain([], N)
+        find_route([], N)

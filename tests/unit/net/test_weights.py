@@ -25,10 +25,11 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.holdings import Description, Holdings
 from swarm.model.shard import Shard
 from swarm.net import peer_source, weights
-from swarm.net.discovery import publish_span
+from swarm.net.discovery import publish_status
 from swarm.net.join import JoinInfo
 from swarm.net.p2p import Peer, PeerSettings
 from swarm.net.peer_source import open_from_peers, open_or_fetch
+from swarm.net.view import NodeStatus
 from swarm.net.vouching import FindHolders, swarm_holders
 from swarm.net.weights import Ask, Holder, serve_weights
 from swarm.wire.v1 import weights_pb2 as pb
@@ -140,7 +141,7 @@ async def test_a_newcomer_joins_with_a_join_string_only(
     bootstrap, node, newcomer, third = await start(), await start(), await start(), await start()
     for peer in (bootstrap, node):
         await serve_weights(peer, original, tmp_path / peer.peer_id)
-    assert await publish_span(node, original.model_hash, Span(0, 4), dtype="float32", sessions=0)
+    assert await publish_status(node, original.model_hash, NodeStatus(span=Span(0, 4)))
     join = JoinInfo(bootstrap.addrs, str(folder), "local", original.model_hash)
     sent = sent_pieces(monkeypatch)
     cache = tmp_path / "cache"

@@ -12,6 +12,12 @@ async def _silent(position: int, reason: str) -> None:
     pass
 
 
+async def _turns() -> None:
+    """Let tasks that were just made come to their first real wait."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
 async def test_who_does_not_fit_waits_until_somebody_leaves() -> None:
     admission = Admission(lambda: 100)
     await admission.admit("a", "one", 80, 1.0, _silent)
@@ -21,8 +27,7 @@ async def test_who_does_not_fit_waits_until_somebody_leaves() -> None:
         told.append(position)
 
     waiting = asyncio.create_task(admission.admit("b", "two", 40, 10.0, tell))
-    while not told:
-        await asyncio.sleep(0)
+    await _turns()
     assert told == [1]
     assert admission.waiting == 1
     admission.release("a")
@@ -56,8 +61,8 @@ async def test_a_client_with_many_sessions_does_not_shut_others_out() -> None:
     tasks = []
     for name, client in [("g1", "greedy"), ("g2", "greedy"), ("g3", "greedy"), ("m1", "modest")]:
         tasks.append(asyncio.create_task(ask(name, client)))
-        while admission.waiting < len(tasks):
-            await asyncio.sleep(0)
+        await _turns()
+        assert admission.waiting == len(tasks)
     admission.release("first")
     await asyncio.gather(*tasks)
     assert order.index("m1") <= 1
@@ -67,8 +72,8 @@ async def test_who_gives_up_leaves_the_queue() -> None:
     admission = Admission(lambda: 10)
     await admission.admit("a", "one", 10, 1.0, _silent)
     waiting = asyncio.create_task(admission.admit("b", "two", 10, 60.0, _silent))
-    while not admission.waiting:
-        await asyncio.sleep(0)
+    await _turns()
+    assert admission.waiting == 1
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     admission.release("a")
