@@ -136,6 +136,7 @@ class ShapedSwarm:
             plain_s.append(median(_gaps(replies["plain"])))
             direct_s.append(median(_gaps(replies["direct"])))
             over.append(plain_s[-1] / (self._crossings * DELAY_MS / 1000 + direct_s[-1]))
+            _tell(f"{self._crossings - 1} nodes, round {number + 1} of {rounds}: {over[-1]:.3f} of the floor")
         # What crosses every link: all positions, and from the last node one position a step.
         payload = (self._crossings - 1) * HIDDEN_BYTES * tokens
         if link_bytes < payload:
@@ -173,6 +174,9 @@ class ShapedSwarm:
                 first_s[how].append(reply["seen_s"][0])
                 pace[how] = seconds / made
             ratios.append(pace["star"] / pace["speculative"])
+            _tell(
+                f"{self._crossings - 1} nodes, prompt {number + 1} of {len(prompts)}: {ratios[-1]:.2f} times the star"
+            )
         token_s = {how: seconds / steps[how] for how, seconds in decode_s.items()}
         answer_steps = steps["speculative"] / len(prompts)
         whole_s = {how: median(first_s[how]) + answer_steps * token_s[how] for how in token_s}
@@ -193,6 +197,11 @@ class ShapedSwarm:
     def _passed(self) -> int:
         """Bytes that nodes' links have delivered so far."""
         return sum(counts.up_bytes + counts.down_bytes for counts in self._links.counts()[:-1])
+
+
+def _tell(line: str) -> None:
+    """How far it is, for who waits: the whole takes ten minutes on a quiet machine."""
+    typer.echo(line, err=True)
 
 
 def _gaps(reply: Json) -> list[float]:
