@@ -165,7 +165,7 @@ class _Bench:
         (self._int8_texts if way == "int8" else self._texts).update(tuple(text) for text in tokens)
         if not counts:
             return
-        self._tok_s[way].append(_rate(seen_s))
+        self._tok_s[way].append(rate(seen_s))
         self._cpu_s[way].append(cpu_seconds(self._families[way]) - cpu_before)
         if len(seen_s) == 1:
             self._token_s[way] += [after - before for before, after in pairwise(seen_s[0])]
@@ -178,7 +178,7 @@ class _Bench:
                 self._socket.append((sent_after - sent_before) / columns)
 
 
-def _rate(seen_s: Sequence[Sequence[float]]) -> float:
+def rate(seen_s: Sequence[Sequence[float]]) -> float:
     """Tokens per second of all sessions while all of them decode."""
     start, end = max(seen[0] for seen in seen_s), min(seen[-1] for seen in seen_s)
     return sum(sum(start < at <= end for at in seen) for seen in seen_s) / (end - start)

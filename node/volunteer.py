@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from swarm.errors import OutOfMemory, SpanError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.quantize import SCHEMES, Scheme
-from swarm.model.shard import n_blocks
+from swarm.model.shard import cuts, n_blocks
 from swarm.model.speed import measure as measure_schemes
 from swarm.model.speed import pick_scheme
 from swarm.net.discovery import REFRESH_S, publish_status, snapshot
@@ -109,6 +109,7 @@ class Volunteer:
         nodes = (await snapshot(self._peer, self._checkpoint.model_hash)).nodes
         with suppress(SpanError):  # nobody took our record: our choice stands
             span = settle_span(self._peer.peer_id, nodes, self._total)
+        span = _cut(span, cuts(self._checkpoint.config))
         self._status = replace(self._status, span=span)
         return span
 
@@ -245,6 +246,7 @@ class Volunteer:
     async def _move(self, span: Span, reason: str, drain_s: float) -> None:
         server = self._server
         assert server is not None
+        span = _cut(span, cuts(self._checkpoint.config))
         log.info("moving", from_=str(self._status.span), to=str(span), reason=reason)
         self._status = replace(self._status, state="draining", reason=f"moving to blocks {span}")
         await self.publish()
@@ -256,3 +258,14 @@ class Volunteer:
         self.serves(server)
         await self.publish()
         log.info("moved", blocks=str(span))
+
+
+def _cut(span: Span, places: Sequence[int]) -> Span:
+    """The span, made smaller until it starts and ends where this family may be cut. Raises SpanError."""
+    within = [place for place in places if span.start <= place <= span.end]
+    if len(within) < 2:
+        raise SpanError(
+            f"blocks {span} hold no part that this family can be cut into (cuts: {', '.join(map(str, places))})",
+            "give the node more memory (--vram), or name a span with --blocks",
+        )
+    return Span(within[0], within[-1])

@@ -48,6 +48,12 @@ class History:
         self.length = 0
         self.padded = False
 
+    def copy(self) -> History:
+        """Another history of the same columns; the tensors are shared and never changed."""
+        other = History()
+        other._pieces, other.length, other.padded = list(self._pieces), self.length, self.padded
+        return other
+
     def append(self, columns: Columns) -> None:
         self._pieces.append(columns)
         self.length += columns.width

@@ -97,6 +97,8 @@ class Session:
         self.batch = batch
         self.rebuilt = 0
         """How often the chain was changed under way."""
+        self.preempted = 0
+        """How often of these because a node's memory went to older sessions."""
 
     @property
     def length(self) -> int:
@@ -190,21 +192,21 @@ class Session:
         if columns.mask_BT.shape[0] != batch:
             raise InputError(f"{columns.mask_BT.shape[0]} rows were given to a session of {batch}")
         self.check_context(at + columns.width)
+        before, self._history = self._history, self._history.copy()
         moved: tuple[int, ...] = ()
         if rows is not None and list(rows) != list(range(self.batch)):
             moved = tuple(rows)
             self._history.select(rows)
-            self.batch = batch
+        batch_before, self.batch = self.batch, batch
         self._history.truncate(at)
         self._history.append(columns)
-        step = _Step(at, columns.width, moved, last_only)
         try:
-            return await self._persist(step)
+            return await self._persist(_Step(at, columns.width, moved, last_only))
         except BaseException:
             # As if the call had not been made; what nodes computed of it is dropped by the next step.
-            self._history.truncate(at)
+            self._history, self.batch = before, batch_before
             if moved:
-                self._start_over()
+                await self._forget_chain()
             raise
 
     async def _persist(self, step: _Step) -> torch.Tensor:
@@ -214,7 +216,9 @@ class Session:
         while True:
             try:
                 chain = self._chain
-                if chain is None or chain.failure is not None or chain.draining:
+                if chain is not None and chain.failure is not None:
+                    raise chain.failure  # seen since the last step
+                if chain is None or chain.draining:
                     if rows:
                         # Nobody knows which of the old chain's hops have moved their rows already.
                         self._start_over()
@@ -250,6 +254,7 @@ class Session:
         chain, self._chain = self._chain, None
         if chain is not None:
             self.rebuilt += 1
+            self.preempted += isinstance(error, Preempted)
             await chain.close(keep=True)
         if moved or (isinstance(error, SessionError) and not isinstance(error, Preempted)):
             # Rows may have moved on some hops only; or a hop cannot go back, or knows nothing of us.
@@ -260,6 +265,13 @@ class Session:
                 seconds = next((s for kind, s in _AVOID_S.items() if isinstance(error, kind)), _AVOID_OTHER_S)
                 self._client.avoid.add(error.blame, error.cause, seconds)
 
+    async def _forget_chain(self) -> None:
+        """Nodes may hold rows in an order that is not ours: begin anew with the next step."""
+        chain, self._chain = self._chain, None
+        self._start_over()
+        if chain is not None:
+            await chain.close()
+
     def _start_over(self) -> None:
         self._session_id = uuid.uuid4().hex
         self._fresh = True
@@ -267,7 +279,7 @@ class Session:
     async def _new_chain(self, step: _Step) -> tuple[Chain, int]:
         """A chain that holds everything before some column of the step, and that column."""
         old = self._chain
-        leaving = set(old.draining) if old is not None and old.failure is None else set()
+        leaving = set(old.draining) if old is not None else set()
         hops = await self._route(leaving)
         if old is not None:
             if leaving:

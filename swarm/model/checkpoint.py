@@ -84,7 +84,11 @@ class Checkpoint:
     def n_blocks(self) -> int:
         """Blocks of the model. Most families say it in config.json under this name. Raises UnsupportedModel."""
         said = self._raw_config.get("num_hidden_layers")
-        return said if isinstance(said, int) else int(self.config.num_hidden_layers)
+        if isinstance(said, int):
+            return said
+        from swarm.model.families import n_blocks
+
+        return n_blocks(self.config)
 
     @cached_property
     def tokenizer_hash(self) -> bytes:

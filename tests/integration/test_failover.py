@@ -74,13 +74,17 @@ def fleet(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
 
 
 @pytest.fixture(scope="module")
-async def plain(fleet: Fleet, smollm2: Path) -> list[int]:
+def plain(fleet: Fleet, smollm2: Path) -> list[int]:
     """The text without faults."""
-    async with fleet.client(smollm2) as client:
-        session = await client.session()
-        tokens = [t async for t in session.generate(client.encode_prompt(PROMPT), TOKENS, Sampling())]
-        await session.close()
-    return tokens
+
+    async def text() -> list[int]:
+        async with fleet.client(smollm2) as client:
+            session = await client.session()
+            tokens = await _collect(session, client)
+            await session.close()
+        return tokens
+
+    return asyncio.run(text())
 
 
 async def _struck(
