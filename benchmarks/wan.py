@@ -8,7 +8,8 @@ the client compute for it, which a second swarm of the same spans without the pr
 round. `speculative_vs_star`: the time of a token where the client relays every hop (2 k one-way trips, one
 token a trip, as Petals does) over that of the chain with prompt lookup, in turn over the same prompts, each
 of which asks to rewrite a real review. Both are the worse of two and four nodes. Only decoding counts, from
-the first token on; `whole_answer` counts the prompt's prefill too. The star decodes fewer tokens of each
+the first token on; `quiet_time_over_floor` compares the tenth percentile of all tokens' times, what is left
+when other work on a shared machine is out of the way; `whole_answer` counts the prompt's prefill too. The star decodes fewer tokens of each
 answer, since all take it equally long. Other requests than the one measured gain less: `other_requests`.
 """
 
@@ -21,7 +22,7 @@ import time
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Annotated
 
 import typer
@@ -124,6 +125,7 @@ class ShapedSwarm:
     def floor(self, prompt: str, rounds: int) -> Json:
         """One token a trip against trips and compute, round by round."""
         plain_s, direct_s, over = [], [], []
+        gaps: dict[str, list[float]] = {"plain": [], "direct": []}
         tokens, link_bytes = 0, 0
         for number in range(rounds):
             replies = {}
@@ -133,6 +135,8 @@ class ShapedSwarm:
                 if how == "plain":
                     link_bytes += self._passed() - before
                     tokens += len(replies[how]["tokens"]) - 1 + replies[how]["prompt_tokens"]
+            for how, reply in replies.items():
+                gaps[how] += _gaps(reply)
             plain_s.append(median(_gaps(replies["plain"])))
             direct_s.append(median(_gaps(replies["direct"])))
             over.append(plain_s[-1] / (self._crossings * DELAY_MS / 1000 + direct_s[-1]))
@@ -142,9 +146,13 @@ class ShapedSwarm:
         if link_bytes < payload:
             raise RuntimeError(f"{link_bytes} bytes passed the proxy, {payload} of activations were sent")
         ratio = spread(over)
+        quiet_s = {how: quantiles(all_s, n=10)[0] for how, all_s in gaps.items()}
         return {
             "time_over_floor": ratio.median,
             "time_over_floor_spread": ratio,
+            "quiet_time_over_floor": round(
+                quiet_s["plain"] / (self._crossings * DELAY_MS / 1000 + quiet_s["direct"]), 4
+            ),
             "plain_token_s": spread(plain_s),
             "compute_token_s": spread(direct_s),
             "link_bytes_per_token": round(link_bytes / tokens),
