@@ -8,9 +8,10 @@ the client compute for it, which a second swarm of the same spans without the pr
 round. `speculative_vs_star`: the time of a token where the client relays every hop (2 k one-way trips, one
 token a trip, as Petals does) over that of the chain with prompt lookup, in turn over the same prompts, each
 of which asks to rewrite a real review. Both are the worse of two and four nodes. Only decoding counts, from
-the first token on; `quiet_time_over_floor` compares the tenth percentile of all tokens' times, what is left
-when other work on a shared machine is out of the way; `whole_answer` counts the prompt's prefill too. The star decodes fewer tokens of each
-answer, since all take it equally long. Other requests than the one measured gain less: `other_requests`.
+the first token on; `whole_answer` counts the prompt's prefill too. `quiet_time_over_floor` compares the tenth
+percentile of all tokens' times: what is left when other work on a shared machine is out of the way. The star
+decodes fewer tokens of each answer, since all take it equally long. Other requests than the one measured gain
+less: `other_requests`.
 """
 
 from __future__ import annotations
