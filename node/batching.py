@@ -1,9 +1,12 @@
 """Continuous batching: every step of a session that is ready when the blocks are free joins one batch.
 
-While the compute thread runs a batch, steps that arrive wait in `_ready`; the next piece takes them
-all, so batches form by themselves and nobody waits for a batch to fill (Orca; Yu et al., 2022). One new column a
-session joins a batch; several columns (prefill chunks, speculated tokens) are a piece of their own,
-chunks behind decoding and fair between clients. Steps of sessions whose family cannot be batched
+While the compute thread runs a batch, steps that arrive wait; the next batch takes them all (Orca; Yu
+et al., 2022). Two rows cost nearly what eight do, and sessions that go round a chain of nodes scatter
+into batches of two by themselves; so a batch starts when half of the sessions that decode at the moment
+are ready, or after as long as a batch takes. A single session never waits.
+
+One new column a session joins a batch; several columns (prefill chunks, speculated tokens) are a piece
+of their own, chunks behind decoding and fair between clients. Sessions whose family cannot be batched
 run one after the other within the piece.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +33,10 @@ from swarm.wire.v1 import common_pb2
 
 MOST_ROWS = 64
 """Of a batch; more that are ready take turns."""
+_ACTIVE_S = 0.3
+_ACTIVE_BATCHES = 8
+"""A session that sent a step so lately, in seconds or batches, is expected to send another."""
+_WEIGHT = 0.2
 _DECODE_COLUMNS = 16
 """Up to so many columns of few rows count as decoding (speculated tokens), not as a prefill chunk."""
 
@@ -53,6 +61,33 @@ class Step:
         return int(self.message.tensor.shape[1])
 
 
+@dataclass(eq=False)
+class _Lane:
+    """The steps that wait to go through one span together."""
+
+    ready: list[Step] = field(default_factory=list)
+    posted: bool = False
+    """Whether a batch is queued or running."""
+    timer: asyncio.TimerHandle | None = None
+    batch_s: float = 0.02
+    """What a batch takes: a moving mean."""
+    _seen_s: dict[str, float] = field(default_factory=dict)
+
+    def seen(self, session_id: str) -> None:
+        """The session has just sent a step."""
+        self._seen_s.pop(session_id, None)
+        self._seen_s[session_id] = time.monotonic()
+
+    def enough(self) -> int:
+        """Steps that make a batch worth starting: of half of the sessions that decode at the moment."""
+        since_s = time.monotonic() - max(_ACTIVE_BATCHES * self.batch_s, _ACTIVE_S)
+        for session_id, seen_s in list(self._seen_s.items()):
+            if seen_s >= since_s:
+                break  # in the order in which they were seen
+            del self._seen_s[session_id]
+        return min((len(self._seen_s) + 1) // 2, MOST_ROWS)
+
+
 class Batcher:
     """Runs the steps of all sessions of one node."""
 
@@ -61,7 +96,7 @@ class Batcher:
         self._compute = compute
         self._fair = FairClock()
         self._lock = threading.Lock()
-        self._ready: dict[Span, list[Step]] = {}
+        self._lanes: dict[Span, _Lane] = {}
         self.batches = 0
         self.steps = 0
         """Batches and steps in them so far; their ratio is the mean batch."""
@@ -74,16 +109,40 @@ class Batcher:
         rows = int(step.message.tensor.shape[0])
         step.rank = self._fair.start(step.session.opener, rows * step.columns)
         if step.columns == 1:
-            span = step.session.view.span
+            lane = self._lanes.setdefault(step.session.view.span, _Lane())
+            lane.seen(step.session.session_id)
             with self._lock:
-                waiting = self._ready.setdefault(span, [])
-                waiting.append(step)
-                first = len(waiting) == 1
-            if first:
-                loop = asyncio.get_running_loop()
-                self._compute.post(Priority.DECODE, lambda: self._batch(span, loop))
+                lane.ready.append(step)
+            self._consider(lane)
             return await asyncio.shield(step.done)
         return await self._long(step)
+
+    def _consider(self, lane: _Lane) -> None:
+        """Start the lane's next batch now, or later."""
+        if lane.posted or not lane.ready:
+            return
+        loop = asyncio.get_running_loop()
+        if len(lane.ready) >= lane.enough():
+            self._post(lane, loop)
+        elif lane.timer is None:
+            lane.timer = loop.call_later(lane.batch_s, self._post, lane, loop)
+
+    def _post(self, lane: _Lane, loop: asyncio.AbstractEventLoop) -> None:
+        if lane.timer is not None:
+            lane.timer.cancel()
+            lane.timer = None
+        lane.posted = True
+        self._compute.post(Priority.DECODE, lambda: self._batch(lane, loop))
+
+    def _batch_done(
+        self, lane: _Lane, outcomes: Sequence[tuple[Step, Packed | None, Exception | None]], took_s: float
+    ) -> None:
+        lane.posted = False
+        lane.batch_s += _WEIGHT * (took_s - lane.batch_s)
+        self.batches += 1
+        self.steps += len(outcomes)
+        _deliver(outcomes)
+        self._consider(lane)
 
     async def _long(self, step: Step) -> Packed | None:
         decode = step.columns <= _DECODE_COLUMNS
@@ -143,13 +202,11 @@ class Batcher:
         hidden, positions = self._begin(step)
         return self._finish(step, [self._chunk(step, hidden, positions)])
 
-    def _batch(self, span: Span, loop: asyncio.AbstractEventLoop) -> None:
+    def _batch(self, lane: _Lane, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
-            ready = self._ready.pop(span)
-            rest = self._choose(ready)
-            if rest:
-                self._ready[span] = rest
-                self._compute.post(Priority.DECODE, lambda: self._batch(span, loop))
+            ready = lane.ready
+            lane.ready = self._choose(ready)
+        began_s = time.perf_counter()
         outcomes: list[tuple[Step, Packed | None, Exception | None]] = []
         view = ready[0].session.view
         if len(ready) == 1 or not view.batches:
@@ -160,9 +217,7 @@ class Batcher:
                     outcomes.append((step, None, error))
         else:
             outcomes = self._together(ready)
-        self.batches += 1
-        self.steps += len(ready)
-        loop.call_soon_threadsafe(_deliver, outcomes)
+        loop.call_soon_threadsafe(self._batch_done, lane, outcomes, time.perf_counter() - began_s)
 
     def _choose(self, ready: list[Step]) -> list[Step]:
         """Leave in `ready` the steps of this batch, by rank; returns the others."""
