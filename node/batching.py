@@ -1,19 +1,14 @@
 """Continuous batching: every step of a session that is ready when the blocks are free joins one batch.
 
-While the compute thread runs a batch, steps that arrive wait; the next batch takes them all (Orca; Yu
-et al., 2022). Two rows cost nearly what eight do, and sessions that go round a chain of nodes scatter
-into batches of two by themselves; so a batch starts when half of the sessions that decode at the moment
-are ready, or after as long as a batch takes. A single session never waits.
-
-One new column a session joins a batch; several columns (prefill chunks, speculated tokens) are a piece
-of their own, chunks behind decoding and fair between clients. Sessions whose family cannot be batched
-run one after the other within the piece.
+While the compute thread runs a batch, steps that arrive wait for the next one (Orca; Yu et al., 2022);
+`swarm.gather` says when it starts. One new column a session joins a batch; several columns (prefill
+chunks, speculated tokens) are a piece of their own, chunks behind decoding and fair between clients.
+Sessions whose family cannot be batched run one after the other within the piece.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +19,7 @@ from node.fair import FairClock
 from node.serving import CHUNK_COLUMNS, NodeModel, ServingSession
 from swarm.compute import Compute, Priority, as_out_of_memory
 from swarm.errors import SwarmError
+from swarm.gather import Gatherer
 from swarm.ids import Span
 from swarm.model.rows import Row, forward_rows
 from swarm.wire.masks import unpack_mask
@@ -33,10 +29,6 @@ from swarm.wire.v1 import common_pb2
 
 MOST_ROWS = 64
 """Of a batch; more that are ready take turns."""
-_ACTIVE_S = 0.3
-_ACTIVE_BATCHES = 8
-"""A session that sent a step so lately, in seconds or batches, is expected to send another."""
-_WEIGHT = 0.2
 _DECODE_COLUMNS = 16
 """Up to so many columns of few rows count as decoding (speculated tokens), not as a prefill chunk."""
 
@@ -61,31 +53,7 @@ class Step:
         return int(self.message.tensor.shape[1])
 
 
-@dataclass(eq=False)
-class _Lane:
-    """The steps that wait to go through one span together."""
-
-    ready: list[Step] = field(default_factory=list)
-    posted: bool = False
-    """Whether a batch is queued or running."""
-    timer: asyncio.TimerHandle | None = None
-    batch_s: float = 0.02
-    """What a batch takes: a moving mean."""
-    _seen_s: dict[str, float] = field(default_factory=dict)
-
-    def seen(self, session_id: str) -> None:
-        """The session has just sent a step."""
-        self._seen_s.pop(session_id, None)
-        self._seen_s[session_id] = time.monotonic()
-
-    def enough(self) -> int:
-        """Steps that make a batch worth starting: of half of the sessions that decode at the moment."""
-        since_s = time.monotonic() - max(_ACTIVE_BATCHES * self.batch_s, _ACTIVE_S)
-        for session_id, seen_s in list(self._seen_s.items()):
-            if seen_s >= since_s:
-                break  # in the order in which they were seen
-            del self._seen_s[session_id]
-        return min((len(self._seen_s) + 1) // 2, MOST_ROWS)
+Outcomes = list[tuple[Step, Packed | None, Exception | None]]
 
 
 class Batcher:
@@ -95,8 +63,7 @@ class Batcher:
         self._model = model
         self._compute = compute
         self._fair = FairClock()
-        self._lock = threading.Lock()
-        self._lanes: dict[Span, _Lane] = {}
+        self._lanes: dict[Span, Gatherer[Step]] = {}
         self.batches = 0
         self.steps = 0
         """Batches and steps in them so far; their ratio is the mean batch."""
@@ -109,40 +76,26 @@ class Batcher:
         rows = int(step.message.tensor.shape[0])
         step.rank = self._fair.start(step.session.opener, rows * step.columns)
         if step.columns == 1:
-            lane = self._lanes.setdefault(step.session.view.span, _Lane())
-            lane.seen(step.session.session_id)
-            with self._lock:
-                lane.ready.append(step)
-            self._consider(lane)
+            self._lane(step.session.view.span).add(step, step.session.session_id)
             return await asyncio.shield(step.done)
         return await self._long(step)
 
-    def _consider(self, lane: _Lane) -> None:
-        """Start the lane's next batch now, or later."""
-        if lane.posted or not lane.ready:
-            return
-        loop = asyncio.get_running_loop()
-        if len(lane.ready) >= lane.enough():
-            self._post(lane, loop)
-        elif lane.timer is None:
-            lane.timer = loop.call_later(lane.batch_s, self._post, lane, loop)
+    def _lane(self, span: Span) -> Gatherer[Step]:
+        """Where the steps through a span gather."""
+        if span not in self._lanes:
+            loop = asyncio.get_running_loop()
 
-    def _post(self, lane: _Lane, loop: asyncio.AbstractEventLoop) -> None:
-        if lane.timer is not None:
-            lane.timer.cancel()
-            lane.timer = None
-        lane.posted = True
-        self._compute.post(Priority.DECODE, lambda: self._batch(lane, loop))
+            def start() -> None:
+                self._compute.post(Priority.DECODE, lambda: self._batch(lane, loop))
 
-    def _batch_done(
-        self, lane: _Lane, outcomes: Sequence[tuple[Step, Packed | None, Exception | None]], took_s: float
-    ) -> None:
-        lane.posted = False
-        lane.batch_s += _WEIGHT * (took_s - lane.batch_s)
+            lane = self._lanes[span] = Gatherer[Step](start, MOST_ROWS)
+        return self._lanes[span]
+
+    def _batch_done(self, lane: Gatherer[Step], outcomes: Outcomes, took_s: float) -> None:
         self.batches += 1
         self.steps += len(outcomes)
         _deliver(outcomes)
-        self._consider(lane)
+        lane.finished(took_s)
 
     async def _long(self, step: Step) -> Packed | None:
         decode = step.columns <= _DECODE_COLUMNS
@@ -202,12 +155,10 @@ class Batcher:
         hidden, positions = self._begin(step)
         return self._finish(step, [self._chunk(step, hidden, positions)])
 
-    def _batch(self, lane: _Lane, loop: asyncio.AbstractEventLoop) -> None:
-        with self._lock:
-            ready = lane.ready
-            lane.ready = self._choose(ready)
+    def _batch(self, lane: Gatherer[Step], loop: asyncio.AbstractEventLoop) -> None:
+        ready = lane.take(self._leave)
         began_s = time.perf_counter()
-        outcomes: list[tuple[Step, Packed | None, Exception | None]] = []
+        outcomes: Outcomes = []
         view = ready[0].session.view
         if len(ready) == 1 or not view.batches:
             for step in ready:
@@ -219,8 +170,8 @@ class Batcher:
             outcomes = self._together(ready)
         loop.call_soon_threadsafe(self._batch_done, lane, outcomes, time.perf_counter() - began_s)
 
-    def _choose(self, ready: list[Step]) -> list[Step]:
-        """Leave in `ready` the steps of this batch, by rank; returns the others."""
+    def _leave(self, ready: list[Step]) -> list[Step]:
+        """Take from `ready` the steps that this batch has no room for, by rank."""
         ready.sort(key=lambda step: step.rank)
         rows = 0
         for index, step in enumerate(ready):
@@ -234,8 +185,8 @@ class Batcher:
         self._fair.began(ready[-1].rank)
         return rest
 
-    def _together(self, steps: list[Step]) -> list[tuple[Step, Packed | None, Exception | None]]:
-        outcomes: list[tuple[Step, Packed | None, Exception | None]] = []
+    def _together(self, steps: list[Step]) -> Outcomes:
+        outcomes: Outcomes = []
         good, hiddens, positions = [], [], []
         for step in steps:
             try:
@@ -268,7 +219,7 @@ class Batcher:
         return outcomes
 
 
-def _deliver(outcomes: Sequence[tuple[Step, Packed | None, Exception | None]]) -> None:
+def _deliver(outcomes: Outcomes) -> None:
     for step, result, error in outcomes:
         if step.done.done():
             continue

@@ -7,13 +7,16 @@ thread is free makes one batch. The event loop never computes.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Sequence
+import time
 
 import torch
 
 from swarm.compute import Compute, Priority
+from swarm.gather import Gatherer
 from swarm.model.shard import Head
+
+_MOST = 64
+_Waiting = tuple[torch.Tensor, "asyncio.Future[torch.Tensor]"]
 
 
 class BatchedHead:
@@ -22,23 +25,21 @@ class BatchedHead:
     def __init__(self, head: Head) -> None:
         self.head = head
         self._compute = Compute()
-        self._lock = threading.Lock()
-        self._ready: list[tuple[torch.Tensor, asyncio.Future[torch.Tensor]]] = []
+        self._gatherer: Gatherer[_Waiting] | None = None
 
-    async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] after the last block to logits [..., V]."""
+    async def logits(self, hidden: torch.Tensor, source: str = "") -> torch.Tensor:
+        """Hidden states [..., D] after the last block to logits [..., V]. source: the session they are of."""
         loop = asyncio.get_running_loop()
+        if self._gatherer is None:
+            self._gatherer = Gatherer(lambda: self._compute.post(Priority.DECODE, lambda: self._batch(loop)), _MOST)
         answer: asyncio.Future[torch.Tensor] = loop.create_future()
-        with self._lock:
-            self._ready.append((hidden, answer))
-            first = len(self._ready) == 1
-        if first:
-            self._compute.post(Priority.DECODE, lambda: self._batch(loop))
+        self._gatherer.add((hidden, answer), source)
         return await answer
 
     def _batch(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._lock:
-            ready, self._ready = self._ready, []
+        assert self._gatherer is not None
+        ready, began_s = self._gatherer.take(), time.perf_counter()
+        results: list[torch.Tensor] | Exception
         try:
             with torch.inference_mode():
                 if len(ready) == 1:
@@ -48,24 +49,19 @@ class BatchedHead:
                     parts = torch.split(self.head.logits(rows_ND), [h.numel() // h.shape[-1] for h, _ in ready])
                     results = [p.reshape(*h.shape[:-1], -1) for p, (h, _) in zip(parts, ready, strict=True)]
         except Exception as error:
-            loop.call_soon_threadsafe(_fail, ready, error)
-            return
-        loop.call_soon_threadsafe(_deliver, ready, results)
+            results = error
+        loop.call_soon_threadsafe(self._deliver, ready, results, time.perf_counter() - began_s)
+
+    def _deliver(self, ready: list[_Waiting], results: list[torch.Tensor] | Exception, took_s: float) -> None:
+        for index, (_, answer) in enumerate(ready):
+            if answer.done():
+                continue
+            if isinstance(results, Exception):
+                answer.set_exception(results)
+            else:
+                answer.set_result(results[index])
+        assert self._gatherer is not None
+        self._gatherer.finished(took_s)
 
     def close(self) -> None:
         self._compute.stop()
-
-
-_Ready = Sequence[tuple[torch.Tensor, "asyncio.Future[torch.Tensor]"]]
-
-
-def _deliver(ready: _Ready, results: Sequence[torch.Tensor]) -> None:
-    for (_, answer), result in zip(ready, results, strict=True):
-        if not answer.done():
-            answer.set_result(result)
-
-
-def _fail(ready: _Ready, error: Exception) -> None:
-    for _, answer in ready:
-        if not answer.done():
-            answer.set_exception(error)

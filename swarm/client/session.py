@@ -143,7 +143,7 @@ class Session:
 
     async def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] to logits [..., V], together with other sessions of this process."""
-        return await self._client.heads.logits(hidden)
+        return await self._client.heads.logits(hidden, self._session_id)
 
     async def step(self, ids: Sequence[int]) -> torch.Tensor:
         """Append tokens to a session of one row; logits [V] after the last of them."""

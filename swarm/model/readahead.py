@@ -26,14 +26,14 @@ from torch.nn import functional
 _PIECE_BYTES = 2 * 1024**2
 _ROWS_OF_PIECES = 64
 """A piece's rows are a multiple of this, so that every piece is aligned as the whole is."""
-_MOST_ROWS = 8
-"""Of the input: with more of them, multiplying takes longer than waiting. Only one where the weight comes
-in several pieces: for more, the BLAS may sum in another order by the shape of what it is given."""
+_MOST_ROWS = 5
+"""Of the input, each multiplied by itself while the piece is near, to the same bits as alone: the BLAS takes
+longer for two to five rows together than for each alone (docs/experiments.md). With more it does better."""
 _LEAST_BYTES = 64 * 1024
 _CACHE_BYTES = 32 * 1024**2
 _TRIAL_BYTES = 128 * 1024**2
 _TRIALS = 6
-_WORTH = 0.95
+_WORTH = 1.0
 
 
 class ReadAheadLinear(nn.Linear):
@@ -46,11 +46,19 @@ class ReadAheadLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.numel() > self.most_values:
             return super().forward(input)
-        outputs = []
+        if input.numel() == self.in_features:
+            outputs = []
+            for weight, bias in self.pieces:
+                torch.sum(weight)
+                outputs.append(functional.linear(input, weight, bias))
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        rows = input.reshape(-1, 1, self.in_features).unbind()
+        columns = []
         for weight, bias in self.pieces:
             torch.sum(weight)
-            outputs.append(functional.linear(input, weight, bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            columns.append(torch.cat([functional.linear(row, weight, bias) for row in rows]))
+        output = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        return output.reshape(*input.shape[:-1], self.out_features)
 
 
 @dataclass(frozen=True)
@@ -117,5 +125,5 @@ def _convert(linear: nn.Linear) -> nn.Linear:
     linear.__class__ = ReadAheadLinear
     assert isinstance(linear, ReadAheadLinear)
     linear.pieces = tuple(zip(weights, biases, strict=True))
-    linear.most_values = linear.in_features * (_MOST_ROWS if len(weights) == 1 else 1)
+    linear.most_values = linear.in_features * _MOST_ROWS
     return linear

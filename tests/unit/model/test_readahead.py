@@ -33,7 +33,12 @@ def test_every_bit_is_the_same(rows: int, in_features: int, out_features: int, b
     assert type(ahead) is ReadAheadLinear
     assert type(plain) is nn.Linear
     input_BTD = torch.randn(1, rows, in_features)
-    assert torch.equal(plain(input_BTD), ahead(input_BTD))
+    # Few rows come out as each row alone would, whoever shares the batch; more as the plain layer has them.
+    few = rows <= 5
+    expected = (
+        torch.cat([plain(input_BTD[:, row : row + 1]) for row in range(rows)], dim=1) if few else plain(input_BTD)
+    )
+    assert torch.equal(ahead(input_BTD), expected)
 
 
 def test_pieces_are_the_weight_itself() -> None:
