@@ -1,6 +1,7 @@
 # make demo   set up, then the whole main job on a real model (at most 6 minutes on 2 cores)
 # make test   set up, then lint, types, contracts and every test
 # make setup  only set up
+# make faults, make soak-serving   long runs: nodes killed and frozen; half an hour of load
 # make stubs  regenerate swarm/wire/v1 from proto/        make lock  regenerate requirements.lock
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint stubs check-stubs lock
+.PHONY: demo test setup lint stubs check-stubs lock soak-serving faults
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -18,6 +19,14 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(PY) -m pytest tests
+
+# Half an hour of loaded serving: no error, no false alarm. Keeps benchmarks/results/soak_serving.json.
+soak-serving: $(STAMP)
+	$(PY) -m benchmarks.load --seconds 1800 --name soak_serving --save --json -
+
+# Twenty kills and twenty freezes of nodes under running sessions. Keeps benchmarks/results/failover.json.
+faults: $(STAMP)
+	$(PY) -m benchmarks.failover --trials 20 --save --json -
 
 lint: $(STAMP) check-stubs
 	$(VENV)/bin/ruff check .

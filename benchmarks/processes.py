@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Side:
             )
         self.ready: Json = {}
         """What the child said first."""
-        stack.callback(self._stop)
+        stack.callback(self.stop)
 
     @property
     def pid(self) -> int:
@@ -86,7 +86,20 @@ class Side:
         own = psutil.Process(self._popen.pid)
         return [own, *own.children(recursive=True)]
 
-    def _stop(self) -> None:
+    def logged(self, event: str) -> Json:
+        """The fields of the last such event in the child's log."""
+        found: Json = {}
+        for line in self._log.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("event") == event:
+                    found = entry
+        return found
+
+    def stop(self) -> None:
+        """End the child and wait for it. Safe to call twice."""
+        if self._popen.poll() is not None:
+            return
         assert self._popen.stdin is not None
         self._popen.stdin.close()
         self._popen.send_signal(signal.SIGCONT)

@@ -18,7 +18,7 @@ import torch
 from node.adapters import AdapterStore
 from node.chains import ChainServer
 from node.link import Link
-from node.memory import Ledger, default_budget
+from node.memory import Ledger, default_budget, use_one_arena
 from node.volunteer import Choices, Volunteer
 from node.worker import Worker
 from swarm.adapters.registry import read_adapter
@@ -101,6 +101,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
 
     Raises any SwarmError of starting up or of libp2p; nothing is left running then.
     """
+    use_one_arena()
     device = pick_device(settings.device)
     choices = Choices(
         pick_dtype(settings.dtype, device),
@@ -142,6 +143,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         await serve_health(peer, server.health)
         await serve_pings(peer)
         volunteer.serves(server)
+        stack.callback(volunteer.report)
         stack.push_async_callback(volunteer.leave, DRAIN_S)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(volunteer.announce(lambda: ready(volunteer.status().span, peer.peer_id)))

@@ -6,11 +6,15 @@ the end of the process. It counts what this program asks for, not what the alloc
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+
 import psutil
 import torch
 
 from swarm.errors import InputError, OutOfMemory
 
+_M_ARENA_MAX = -8  # malloc.h
 _LOWER = {
     "weights": "hold fewer blocks (--blocks) or use a narrower --dtype",
     "resend": "end other sessions, or give the node more memory (--vram)",
@@ -27,6 +31,8 @@ class Ledger:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self._charges: dict[tuple[str, str], int] = {}
+        self.most_used_bytes = 0
+        """The most that was ever charged at once."""
 
     @property
     def used_bytes(self) -> int:
@@ -49,6 +55,7 @@ class Ledger:
                 _LOWER[kind],
             )
         self._charges[(kind, owner)] = size
+        self.most_used_bytes = max(self.most_used_bytes, self.used_bytes)
 
     def release(self, owner: str) -> None:
         """Give back everything charged to `owner`."""
@@ -58,6 +65,16 @@ class Ledger:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"
+
+
+def use_one_arena() -> None:
+    """Let glibc keep freed memory of all threads in one place.
+
+    Caches are taken and given back by several threads; with an arena for each, a node that served 64 clients
+    held 60 MB more than the caches it had. Without effect where the C library is another.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def parse_bytes(text: str) -> int:

@@ -53,6 +53,8 @@ class Sessions:
         self._reclaiming = asyncio.Lock()
         self.admission = Admission(lambda: ledger.room("kv", "resend"))
         self.park_s = PARK_S
+        self.opened = 0
+        """Sessions so far."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -104,6 +106,7 @@ class Sessions:
             session_id, opener, view, adapter_id, cache, SentLog(log_limit(self._ledger)), next(self._numbers)
         )
         view.in_use[adapter_id] = view.in_use.get(adapter_id, 0) + 1
+        self.opened += 1
         self._sessions[session_id] = session
         self._carriers[session_id] = carrier
         self._emptied.clear()

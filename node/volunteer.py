@@ -219,6 +219,19 @@ class Volunteer:
         await self.publish()
         await self._server.drain(drain_s)
 
+    def report(self) -> None:
+        """Log what this node did for others."""
+        server = self._server
+        assert server is not None
+        log.info(
+            "served",
+            sessions=server.sessions.opened,
+            steps=server.batcher.steps,
+            batches=server.batcher.batches,
+            most_used_bytes=self._ledger.most_used_bytes,
+            budget_bytes=self._ledger.budget_bytes,
+        )
+
     async def rebalance(self, drain_s: float) -> None:
         """Move to another span whenever the swarm gains by it, until cancelled."""
         if self._status.pinned:
