@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import torch
 
@@ -19,6 +20,7 @@ from swarm.wire.v1 import chain_pb2 as pb
 
 _MOST_ROWS = 256
 _MOST_IN_FLIGHT = 64
+_TELL_S = 1.0
 
 
 class _AdaptedHop(ChainHop):
@@ -167,7 +169,10 @@ class ServeHop(_AdaptedHop, Carrier):
     async def release(self, error: Preempted | None) -> None:
         self._released = True
         if error is not None:
-            await tell(self._upstream, error.blaming(self.server.peer.peer_id))
+            # A client that hangs must not keep the memory that others wait for.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TELL_S):
+                    await tell(self._upstream, error.blaming(self.server.peer.peer_id))
         await self.stop_reading()
         await self._idle()
 

@@ -90,6 +90,7 @@ class Sessions:
             held = self._sessions.get(session_id)
             if held is not None:
                 if held.view.span == span and held.adapter_id == adapter_id and not held.broken:
+                    held.received = held.sent = 0  # steps of the new chain are counted anew
                     return held
                 self.free(session_id)
         size = self._model.kv_bytes(span, rows, expected_columns or _DEFAULT_COLUMNS)
