@@ -9,7 +9,6 @@ and keeps the session; at the prompt, Ctrl-D or /exit ends. Answers go to stdout
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
@@ -19,9 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 import typer
 
 from swarm.cli.options import DTYPE_NAMES, DataDirOption, Dtype, Join, Json, LogLevel, Model, Threads, one_of
-from swarm.cli.process import fail, say
+from swarm.cli.process import fail, prepare, say
 from swarm.errors import InputError, SwarmError
-from swarm.logs import configure
 from swarm.net.join import parse_join
 
 if TYPE_CHECKING:
@@ -190,13 +188,9 @@ def _guarded(main: Callable[[], None], *, log_level: str, as_json: bool) -> None
     """Run a command in this thread: Ctrl-C is its own affair, SIGTERM ends it with its clean-up."""
     import structlog
 
-    configure(log_level, role="client")
+    prepare("client", log_level)
     if sys.stderr.isatty():
         structlog.configure(processors=[_tell_of_interruptions, *structlog.get_config()["processors"]])
-    # As for every other command (swarm.cli.process).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def end(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)

@@ -29,12 +29,7 @@ log = structlog.get_logger()
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], *, role: str, log_level: str, as_json: bool = False) -> T:
     """Run a coroutine to its end, or until a signal."""
-    configure(log_level, role=role)
-    # Idle OpenMP workers that spin steal the cores of other processes. Must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions
+    prepare(role, log_level)
     stopped_by: list[signal.Signals] = []
 
     async def supervised() -> T:
@@ -68,6 +63,16 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], *, role: str, log_level: str
     if problem is not None:
         log.warning("stopped_uncleanly", error=str(problem))
     raise SystemExit(128 + (stopped_by[0] if stopped_by else signal.SIGINT))
+
+
+def prepare(role: str, log_level: str) -> None:
+    """What every command sets before anything heavy is imported."""
+    configure(log_level, role=role)
+    # Idle OpenMP workers that spin steal the cores of other processes. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions
 
 
 def _loop_runner() -> Callable[[Coroutine[Any, Any, T]], T]:

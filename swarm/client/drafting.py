@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from swarm.client.sampling import Sampling
+from swarm.client.sampling import Sampling, probabilities
 
 Kind = tuple[Literal["match", "assistant"], int]
 """What a guess rests on: so many tokens seen before in this order, or an assistant so sure (in tenths)."""
@@ -239,22 +239,6 @@ def choose(drafter: Drafter, pace: Pace, limit: int) -> list[Guess]:
             break
     pace.draft_took(asked, time.perf_counter() - began_s)
     return draft
-
-
-def probabilities(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution [V] (fp32) that `Sampler.pick` draws from; one-hot when greedy."""
-    if sampling.temperature == 0.0:
-        return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float().cpu()
-    scores_V = logits_V.float().cpu() / sampling.temperature
-    if sampling.top_k:
-        kth = torch.topk(scores_V, min(sampling.top_k, scores_V.numel())).values[-1]
-        scores_V = scores_V.masked_fill(scores_V < kth, float("-inf"))
-    if sampling.top_p < 1.0:
-        ordered_V, index_V = scores_V.sort()
-        tail_V = ordered_V.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - sampling.top_p
-        tail_V[-1] = False
-        scores_V = scores_V.masked_fill(torch.zeros_like(tail_V).scatter(0, index_V, tail_V), float("-inf"))
-    return scores_V.softmax(dim=-1)
 
 
 def _tenth(probability: float) -> int:

@@ -55,7 +55,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         """Takes over `loop`, which `close` ends. Raises AdapterNotFound and what loading the head raises."""
         checkpoint = loop.client.checkpoint
         super().__init__(copy.deepcopy(checkpoint.config))
-        self.head = loop.client.head._model
+        self.head = loop.client.head.model
         self.all_tied_weights_keys: dict[str, str] = {}
         self.generation_config = _generation_config(checkpoint, self.config)
         self.adapter = adapter

@@ -37,17 +37,23 @@ class Sampler:
 
     def pick(self, logits_V: torch.Tensor) -> int:
         """The next token from one row of logits [V]."""
-        settings = self._settings
-        if settings.temperature == 0.0:
+        if self._settings.temperature == 0.0:
             return int(logits_V.argmax())
-        scores = logits_V.float().cpu() / settings.temperature
-        if settings.top_k:
-            kth = torch.topk(scores, min(settings.top_k, scores.numel())).values[-1]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
-        if settings.top_p < 1.0:
-            ordered, index = scores.sort(descending=False)
-            # Drop the tail whose total stays within 1 - top_p; the likeliest token always stays.
-            tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - settings.top_p
-            tail[-1] = False
-            scores = scores.masked_fill(torch.zeros_like(tail).scatter(0, index, tail), float("-inf"))
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        return int(torch.multinomial(probabilities(logits_V, self._settings), 1, generator=self._generator))
+
+
+def probabilities(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The distribution [V] (fp32, on the CPU) that `Sampler.pick` draws from; one-hot when greedy."""
+    if sampling.temperature == 0.0:
+        return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float().cpu()
+    scores_V = logits_V.float().cpu() / sampling.temperature
+    if sampling.top_k:
+        kth = torch.topk(scores_V, min(sampling.top_k, scores_V.numel())).values[-1]
+        scores_V = scores_V.masked_fill(scores_V < kth, float("-inf"))
+    if sampling.top_p < 1.0:
+        ordered_V, index_V = scores_V.sort(descending=False)
+        # Drop the tail whose total stays within 1 - top_p; the likeliest token always stays.
+        tail_V = ordered_V.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - sampling.top_p
+        tail_V[-1] = False
+        scores_V = scores_V.masked_fill(torch.zeros_like(tail_V).scatter(0, index_V, tail_V), float("-inf"))
+    return scores_V.softmax(dim=-1)

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from swarm.client.drafting import MAX_DRAFT, Drafter, Guess, Pace, choose, probabilities
-from swarm.client.sampling import Sampler, Sampling
+from swarm.client.drafting import MAX_DRAFT, Drafter, Guess, Pace, choose
+from swarm.client.sampling import Sampler, Sampling, probabilities
 
 
 class DecodingSession(Protocol):

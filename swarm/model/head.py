@@ -66,6 +66,11 @@ class Head:
         self._learn_shortcuts(whole.parts.norm)
 
     @property
+    def model(self) -> Any:
+        """The family's causal language model without its blocks."""
+        return self._model
+
+    @property
     def width(self) -> int:
         """Numbers a token's hidden state has between blocks."""
         return self._width

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from swarm.client.drafting import Assistant, Guess, Pace, PromptLookup, choose, probabilities
-from swarm.client.sampling import Sampler, Sampling
+from swarm.client.drafting import Assistant, Guess, Pace, PromptLookup, choose
+from swarm.client.sampling import Sampler, Sampling, probabilities
 from swarm.client.speculative import Judge, speculate
 from swarm.errors import ContextTooLong
 
