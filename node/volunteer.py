@@ -127,6 +127,12 @@ class Volunteer:
             sizes = {scheme: size // self._total for scheme, size in sizes.items()}
         if choices.trains and sizes["none"] <= budget:
             return "none"
+        if min(sizes.values()) > budget:
+            what = f"blocks {wanted} do not fit" if wanted else "not one block fits"
+            raise OutOfMemory(
+                f"{what} into {self._ledger.budget_bytes >> 20} MiB, whatever the weights are narrowed to",
+                "raise --vram, hold fewer blocks (--blocks), or use a narrower --dtype",
+            )
         speeds = measure_schemes(choices.device, choices.dtype)
         scheme = pick_scheme(sizes, budget, speeds)
         log.info("scheme", weights=scheme, int8_gain=round(speeds.gain("int8", 1), 2))

@@ -60,7 +60,7 @@ CASES = [
     Case("model-bad-config", "bootstrap start --port 0 --model {root}/bad-config", "SW104", ("config.json",)),
     Case("model-cut-off", "bootstrap start --port 0 --model {root}/cut-off", "SW702", ("model.safetensors", "cut off")),
     Case(
-        *("hub-offline", "bootstrap start --port 0 --model acme/tiny", "SW103", ("acme/tiny", "offline")),
+        *("hub-offline", "bootstrap start --port 0 --model acme/tiny", "SW103", ("acme/tiny", "HF_HUB_OFFLINE")),
         environment={"HF_HUB_OFFLINE": "1"},
     ),
     Case(
@@ -93,7 +93,11 @@ CASES = [
     Case("dtype-unknown", "node start --join {join} --dtype float7", "SW100", ("float7", "bfloat16")),
     Case("vram-unknown", "node start --join {join} --vram lots", "SW100", ("lots", "8GiB")),
     Case("vram-no-block", "node start --join {join} --vram 1MiB", "SW501", ("1 MiB", "--vram", "--dtype")),
-    Case("vram-span", "node start --join {join} --vram 50MiB --blocks 0:15", "SW501", ("--blocks", "--dtype")),
+    Case(
+        *("vram-span", "node start --join {join} --vram 50MiB --blocks 0:15 --quantize none", "SW501"),
+        ("--blocks", "--dtype"),
+    ),
+    Case("vram-narrow", "node start --join {join} --vram 25MiB --blocks 0:15", "SW501", ("0:15", "--vram")),
     Case("host-not-here", "bootstrap start --model {model} --port 0 --host nowhere", "SW100", ("nowhere", "--host")),
     Case("port-bootstrap", "bootstrap start --model {model} --port {bootstrap_port}", "SW307", ("{bootstrap_port}",)),
     Case("port-coordinator", "coordinator start --join {join} --port {silent}", "SW307", ("{silent}",)),
