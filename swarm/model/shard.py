@@ -97,6 +97,8 @@ class Shard:
             block = whole.block_of(recipe.target)
             if block is not None and block in self.span:
                 wanted.append(recipe)
+        # All at once: how a source gets a file depends on how much of it is needed.
+        self.checkpoint.source.ensure({name for recipe in wanted for name, _ in recipe.sources})
         layers, start = self.parts.layers + ".", len(whole.layers)
         narrowed = set(plan_of(skeleton, self.scheme).narrowed)
         frozen = {}
