@@ -30,6 +30,9 @@ GROUP = 32
 """Inputs that share an int4 scale. 64 would save half a bit and cost half as much KL again (docs/experiments.md)."""
 _LEAST_WEIGHTS = 2**14
 _ROUTERS = ("gate", "router")
+_NATIVE_COLUMNS_CPU = 16
+"""Torch's int8 kernel for CPUs reads beyond a row whose length this does not divide (torch 2.13: wrong sums, or
+a crash)."""
 _NATIVE_ROWS_CPU = 4
 _NATIVE_ROWS_CUDA = {"int8": 8, "int4": 64}
 """With more rows the other ways are faster. Measured on a CPU; on cards not by us: torchao's published table has
@@ -70,7 +73,9 @@ class QuantizedWeight:
 
     def _int8(self, input_MI: torch.Tensor) -> torch.Tensor:
         can, on_card = traits(self.codes.device), input_MI.is_cuda
-        if can.int8_native.used and input_MI.shape[0] <= (_NATIVE_ROWS_CUDA["int8"] if on_card else _NATIVE_ROWS_CPU):
+        few = input_MI.shape[0] <= (_NATIVE_ROWS_CUDA["int8"] if on_card else _NATIVE_ROWS_CPU)
+        safe = on_card or self.shape[1] % _NATIVE_COLUMNS_CPU == 0
+        if can.int8_native.used and few and safe:
             way = int8.native
         elif can.int8_digits.used and input_MI.dtype == torch.float32:
             way = int8.digits

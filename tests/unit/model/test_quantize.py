@@ -104,6 +104,16 @@ def test_inputs_may_be_views_and_may_be_empty(scheme: Scheme, dtype: torch.dtype
     assert weight.product(input_BTD[:, :0]).shape == (3, 0, 200)
 
 
+@pytest.mark.parametrize("in_features", [24, 40, 56, 200, 576])
+def test_any_length_of_a_row_is_summed_to_its_end(in_features: int) -> None:
+    """Torch's kernel reads beyond a row that 16 does not divide."""
+    weight = quantize_weight(randn(40, in_features), "int8")
+    input_MI = randn(3, in_features, seed=1)
+    expected = functional.linear(input_MI.double(), weight.dequantize(torch.float64))
+    for _ in range(20):
+        assert off(weight.product(input_MI), expected) < 0.005
+
+
 @pytest.mark.parametrize("way", [int8.native, int8.pieces, int8.digits])
 def test_every_way_of_int8_agrees(way: object) -> None:
     weight = quantize_weight(randn(3000, 576), "int8")  # several pieces
