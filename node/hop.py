@@ -258,6 +258,9 @@ class ChainHop:
         if self._downstream is not None:
             self._downstream.close()
         await self.on_close()
+        # Tasks hold frames, and what they were given: nothing waits for the collector to notice.
+        self._readers.clear()
+        self._next = None
 
 
 async def tell(stream: Stream, error: SwarmError) -> None:

@@ -182,6 +182,7 @@ class ServeHop(_AdaptedHop, Carrier):
 
     async def on_close(self) -> None:
         await self._idle()
+        self._step = None
         if self._session is None or self._released:
             return
         if self.closed_by_opener or self.server.draining:

@@ -33,6 +33,12 @@ class SessionCache:
         for layer in self._windows():
             layer.activate_past_recording()
 
+    def drop(self) -> None:
+        """Give the memory back at once, whoever still holds this object. It must not be used again."""
+        self.kv = None
+        self.mask_BS = None
+        self.length = 0
+
     def _windows(self) -> list[Any]:
         return [layer for layer in getattr(self.kv, "layers", ()) if getattr(layer, "is_sliding", False)]
 

@@ -163,6 +163,9 @@ class Sessions:
         in_use[session.adapter_id] -= 1
         if not in_use[session.adapter_id]:
             del in_use[session.adapter_id]
+        # The hop that carried it and its finished tasks refer to each other: the collector may find them late.
+        session.cache.drop()
+        session.log.clear()
         self._ledger.release(session_id)
         self.admission.release(session_id)
         if not self._sessions:
