@@ -13,6 +13,7 @@ from node.serving import ServingSession, ServingView
 from node.sessions import Carrier
 from swarm.compute import Priority
 from swarm.errors import ContextTooLong, Preempted, ProtocolError
+from swarm.model.shard import View
 from swarm.net.view import FileInfo
 from swarm.wire.masks import pack_mask, unpack_mask
 from swarm.wire.tensors import pack, payload_size, unpack
@@ -207,14 +208,15 @@ class StatelessHop(_AdaptedHop):
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
         rows, columns = self.check_step(message, payload)
+        self.admit(message.seq, rows * columns)
         shard, view = self.server.model.shard, self._view
         assert view is not None
 
         def compute() -> Packed:
             hidden = unpack(message.tensor, payload, shard.dtype, shard.device)
             mask, positions = self.placed(message, rows, columns)
-            with torch.inference_mode(), view.bank.rows([self._adapter_id] * rows):
-                return pack(view.view.forward(hidden, mask_BS=mask, positions_BT=positions), self.encoding)
+            with view.bank.rows([self._adapter_id] * rows):
+                return pack(self.run_blocks(message.seq, view.view, hidden, mask, positions), self.encoding)
 
         try:
             meta, data = await self.server.compute.run(Priority.PREFILL, compute)
@@ -225,6 +227,21 @@ class StatelessHop(_AdaptedHop):
             reply.mask = message.mask
             reply.position_ids.extend(message.position_ids)
         await self.send_on(pb.Frame(forward=reply), data)
+
+    def admit(self, seq: int, tokens: int) -> None:
+        """Charge what a step will keep: nothing."""
+
+    def run_blocks(
+        self,
+        seq: int,
+        view: View,
+        hidden_BTD: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The blocks' output. Compute thread only."""
+        with torch.inference_mode():
+            return view.forward(hidden_BTD, mask_BS=mask_BT, positions_BT=positions_BT)
 
     async def on_close(self) -> None:
         if self._view is not None:
@@ -258,35 +275,29 @@ class GradientHop(StatelessHop):
         columns = sum(size for _, _, size in self._graphs.values())
         self.server.ledger.charge("activations", self._owner, columns * per_token)
 
-    async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
-        rows, columns = self.check_step(message, payload)
+    def admit(self, seq: int, tokens: int) -> None:
+        """Charge a graph before it is made. Raises ProtocolError (too many wait), OutOfMemory."""
         if len(self._graphs) >= _MOST_IN_FLIGHT:
             raise ProtocolError(
                 f"{_MOST_IN_FLIGHT} batches wait for their gradients", "send gradients before more batches"
             )
-        shard, view = self.server.model.shard, self._view
-        assert view is not None
         empty = torch.empty(0)
-        self._graphs[message.seq] = (empty, empty, rows * columns)
+        self._graphs[seq] = (empty, empty, tokens)
         self._charge()
 
-        def compute() -> Packed:
-            hidden = unpack(message.tensor, payload, shard.dtype, shard.device).requires_grad_(True)
-            mask, positions = self.placed(message, rows, columns)
-            with torch.enable_grad(), view.bank.rows([self._adapter_id] * rows):
-                output = view.view.forward(hidden, mask_BS=mask, positions_BT=positions)
-            self._graphs[message.seq] = (hidden, output, rows * columns)
-            return pack(output, self.encoding)
-
-        try:
-            meta, data = await self.server.compute.run(Priority.PREFILL, compute)
-        except ProtocolError as error:
-            raise self.blame_sender(error) from error
-        reply = pb.Forward(seq=message.seq, tensor=meta)
-        if not self.last:
-            reply.mask = message.mask
-            reply.position_ids.extend(message.position_ids)
-        await self.send_on(pb.Frame(forward=reply), data)
+    def run_blocks(
+        self,
+        seq: int,
+        view: View,
+        hidden_BTD: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        hidden_BTD.requires_grad_(True)
+        with torch.enable_grad():
+            output = view.forward(hidden_BTD, mask_BS=mask_BT, positions_BT=positions_BT)
+        self._graphs[seq] = (hidden_BTD, output, hidden_BTD.shape[0] * hidden_BTD.shape[1])
+        return output
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
         payload_size(message.tensor)

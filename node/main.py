@@ -139,6 +139,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
             traffic.activation_bytes += size
 
         server = ChainServer(peer, compute, model, ledger, adapters, worker, count)
+        del model  # the server's alone: a node that moves gives the old weights' memory back
         await server.start()
         await serve_health(peer, server.health)
         await serve_pings(peer)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from swarm.model.shard import View
@@ -79,13 +78,6 @@ def measure_speed(
         prompt_BTD = hidden(1, tokens)
         prefill_s = _median_s(lambda: view.forward(prompt_BTD, 0, view.new_cache()), share_s, device, clock)
     return Speed(one_s / blocks, eight_s / blocks, tokens / prefill_s, fits)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device: a card's own, or the machine's available RAM."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _median_s(step: Callable[[], object], budget_s: float, device: torch.device, clock: Clock) -> float:

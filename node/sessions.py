@@ -24,7 +24,6 @@ from swarm.errors import OutOfMemory, Preempted, SessionError
 from swarm.ids import Span
 
 PARK_S = 15.0
-_PREEMPT_TIMEOUT_S = 10.0
 _DEFAULT_COLUMNS = 256
 log = structlog.get_logger()
 Tell = Callable[[int, str], Awaitable[None]]
@@ -61,9 +60,6 @@ class Sessions:
 
     def find(self, session_id: str) -> ServingSession | None:
         return self._sessions.get(session_id)
-
-    def carried(self) -> list[Carrier]:
-        return list(self._carriers.values())
 
     async def open(
         self,
@@ -221,10 +217,11 @@ class Sessions:
         youngest = max(self._sessions.values(), key=lambda s: s.number)
         error = Preempted("the node's memory for KV caches is used up; older sessions go first")
         if youngest is asking:
+            # Freed, not parked: its client has to queue like everybody else.
+            self.free(asking.session_id)
             raise error
         carrier = self._carriers[youngest.session_id]
         log.info("preempted", session=youngest.session_id, for_session=asking.session_id)
-        async with asyncio.timeout(_PREEMPT_TIMEOUT_S):
-            await carrier.release(error)
+        await carrier.release(error)
         self.free(youngest.session_id)
         return True

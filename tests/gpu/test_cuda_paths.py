@@ -39,7 +39,7 @@ def test_cached_forward_is_close_to_the_cpu(smollm2: Path) -> None:
     hidden = torch.randn(1, 12, 576, generator=torch.Generator().manual_seed(1)) * 0.1
     outputs = []
     for device in (CPU, CUDA):
-        view = node_model(smollm2, device, torch.float32).view(Span(0, 4))
+        view = node_model(smollm2, device, torch.float32).view(Span(0, 4)).view
         cache = view.new_cache()
         with torch.inference_mode():
             first = view.forward(hidden[:, :8].to(device), 0, cache)
