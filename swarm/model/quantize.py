@@ -30,13 +30,11 @@ GROUP = 32
 """Inputs that share an int4 scale. 64 would save half a bit and cost half as much KL again (docs/experiments.md)."""
 _LEAST_WEIGHTS = 2**14
 _ROUTERS = ("gate", "router")
-_NATIVE_COLUMNS_CPU = 16
-"""Torch's int8 kernel for CPUs reads beyond a row whose length this does not divide (torch 2.13: wrong sums, or
-a crash)."""
-_NATIVE_ROWS_CPU = 4
+_FEW_ROWS_CPU = 12
+"""With more rows torch's integer product is faster than our kernel."""
 _NATIVE_ROWS_CUDA = {"int8": 8, "int4": 64}
-"""With more rows the other ways are faster. Measured on a CPU; on cards not by us: torchao's published table has
-the 4-bit kernel lose beyond about 100 rows, and int8's works with one thread an output."""
+"""With more rows the other ways are faster. Not measured by us: torchao's published table has the 4-bit kernel
+lose beyond about 100 rows, and int8's works with one thread an output."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ class QuantizedWeight:
         return output_MO.reshape(*input.shape[:-1], self.shape[0])
 
     def _int8(self, input_MI: torch.Tensor) -> torch.Tensor:
-        can, on_card = traits(self.codes.device), input_MI.is_cuda
-        few = input_MI.shape[0] <= (_NATIVE_ROWS_CUDA["int8"] if on_card else _NATIVE_ROWS_CPU)
-        safe = on_card or self.shape[1] % _NATIVE_COLUMNS_CPU == 0
-        if can.int8_native.used and few and safe:
+        can, rows = traits(self.codes.device), input_MI.shape[0]
+        if input_MI.is_cuda and can.int8_native.used and rows <= _NATIVE_ROWS_CUDA["int8"]:
             way = int8.native
+        elif not input_MI.is_cuda and rows <= _FEW_ROWS_CPU:
+            way = int8.rows
         elif can.int8_digits.used and input_MI.dtype == torch.float32:
             way = int8.digits
         else:
