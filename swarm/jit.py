@@ -3,8 +3,8 @@
 In: a function over numpy arrays and numbers. Out: the same function as machine code, compiled at its first
 call with each combination of types and read from the cache of this machine in later processes. A
 machine where nothing can be written compiles anew each time. The cache knows the file of the function itself, not
-those it takes other compiled functions from: touch it after a change there. Imported only by modules that are themselves
-imported at their first use, since numba takes 0.2 s to load.
+those it takes other compiled functions from: touch it after a change there. Imported only by modules that are
+themselves imported at their first use, since numba takes 0.2 s to load.
 """
 
 from __future__ import annotations
