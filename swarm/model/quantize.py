@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from torch.nn import functional
 from swarm.errors import UnsupportedModel
 from swarm.model.kernels import int4, int8
 from swarm.model.kernels.traits import traits
+
+if TYPE_CHECKING:
+    from swarm.model.kernels.int8_rows import FewRows
 
 Scheme = Literal["none", "int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -53,6 +57,12 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    @cached_property
+    def _few_rows(self) -> FewRows:
+        from swarm.model.kernels.int8_rows import FewRows  # compiled: loaded where a CPU holds int8
+
+        return FewRows(self.codes, self.scales)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I], a new tensor."""
         if self.scheme == "int8":
@@ -74,7 +84,7 @@ class QuantizedWeight:
         if input_MI.is_cuda and can.int8_native.used and rows <= _NATIVE_ROWS_CUDA["int8"]:
             way = int8.native
         elif not input_MI.is_cuda and rows <= _FEW_ROWS_CPU:
-            way = int8.rows
+            return self._few_rows.product(input_MI.float()).to(input_MI.dtype)
         elif can.int8_digits.used and input_MI.dtype == torch.float32:
             way = int8.digits
         else:

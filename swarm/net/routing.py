@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +162,11 @@ def _prefill_s(node: NodeInfo) -> float:
     return (node.decode_s_per_block or GUESSED_DECODE_S) * _GUESSED_PREFILL
 
 
+class _Index(dict[str, int]):
+    def __missing__(self, peer: str) -> int:
+        return -1
+
+
 class _Table:
     """What the search reads of one snapshot, as arrays over its nodes in the order of peer ids, so that ties
     break alike whatever order the records came in."""
@@ -180,8 +187,9 @@ class _Table:
         self._share_N = (ends - starts) / n_blocks
         self._free_N = np.array([n.kv_free_bytes if n.kv_total_bytes else np.inf for n in nodes])
         one = np.repeat(np.arange(len(nodes)), [len(n.rtts_s) for n in nodes])
-        two = np.array([index.get(peer, -1) for n in nodes for peer, _ in n.rtts_s], dtype=np.int64)
-        links_s = np.array([rtt_s for n in nodes for _, rtt_s in n.rtts_s]) / 2
+        flat: list[Any] = list(chain.from_iterable(chain.from_iterable(n.rtts_s for n in nodes)))
+        two = np.fromiter(map(_Index(index).__getitem__, flat[::2]), np.int64, len(one))
+        links_s = np.fromiter(flat[1::2], np.float64, len(one)) / 2
         # Only of nodes that can follow each other in a chain.
         meet = (two >= 0) & (starts[two] <= ends[one]) & (starts[one] <= ends[two])
         self.links = Links(len(nodes), one[meet], two[meet], links_s[meet])

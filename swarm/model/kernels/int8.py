@@ -9,7 +9,7 @@ blocks, float32 activations, ms; docs/experiments.md):
 
     way of          1     2     4     8    16 rows
     float32        31    32    51    67    71
-    rows           10    12    15    24
+    int8_rows      10    12    15    24
     digits         28    27    29    31    40
     pieces         53    34    41    50    95
 """
@@ -55,13 +55,6 @@ def native(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tenso
     return torch._weight_int8pack_mm(input_MI.to(torch.bfloat16), codes_OI, scales_O).to(input_MI.dtype)
 
 
-def rows(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
-    """For a few rows on a CPU: our own kernel, compiled at its first use. Sums exactly, as `digits` does."""
-    from swarm.model.kernels.int8_rows import product
-
-    return product(input_MI.float(), codes_OI, scales_O).to(input_MI.dtype)
-
-
 def pieces(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
     """Widen a piece of the weight into the cache, multiply while it is there. As exact as the dtype."""
     if input_MI.dtype == torch.float16:  # codes are up to 127: their products would leave float16's range
@@ -76,11 +69,11 @@ def pieces(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tenso
 def digits(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
     """For more rows on a CPU: activations as 16-bit integers by the row's largest magnitude, split into two int8
     digits that torch's integer product multiplies exactly. Off by 2^-16 of the row's largest activation at most;
-    a row's bits are those of `rows`, whatever its batch. What is not finite stays so: the row becomes NaN."""
+    a row's bits are those of `int8_rows`, whatever its batch. What is not finite stays so: the row becomes NaN."""
     count = input_MI.shape[0]
     wide = input_MI.float()
     top_M1 = wide.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY)
-    # TOP / top_M1 would be a product with the reciprocal, and rounded otherwise than in `rows`.
+    # TOP / top_M1 would be a product with the reciprocal, and rounded otherwise than in `int8_rows`.
     value = wide.mul(torch.full_like(top_M1, TOP).div_(top_M1)).round_().to(torch.int16)
     # value = 256 * high + low with low in [-128, 127]: half a digit is added before the high one is cut.
     digit = torch.cat([value.add(_DIGIT // 2).bitwise_right_shift_(8), value]).to(torch.int8)

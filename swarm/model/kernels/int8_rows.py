@@ -35,23 +35,27 @@ _one_at_a_time = threading.Lock()
 _i32, _f32, _f64 = np.int32, np.float32, np.float64
 
 
-def product(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
-    """[M, O] float32. All are contiguous and on the CPU."""
-    rows, outputs = input_MI.shape[0], codes_OI.shape[0]
-    output_MO = torch.empty(rows, outputs)
-    values_MI = np.empty(input_MI.shape, np.int16)
-    unit_M = np.empty(rows, np.float64)
-    codes, out = codes_OI.numpy(), output_MO.numpy()
-    scales = scales_O.view(torch.int16).numpy()
-    _to_integers(input_MI.detach().numpy(), values_MI, unit_M)
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads == 1 or codes.size < _THREADS_FROM:
-        _multiply(values_MI, unit_M, codes, scales, out, 0, outputs)
-    else:
-        with _one_at_a_time:
-            numba.set_num_threads(threads)
-            _multiply_in_parts(values_MI, unit_M, codes, scales, out, threads)
-    return output_MO
+class FewRows:
+    """A weight as the compiled code takes it: made once, since a view costs as much as a short product."""
+
+    def __init__(self, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> None:
+        """Contiguous and on the CPU; they are shared, not copied."""
+        self._codes_OI = codes_OI.numpy()
+        self._scales_O = scales_O.view(torch.int16).numpy()
+        self._splits = codes_OI.numel() >= _THREADS_FROM
+
+    def product(self, input_MI: torch.Tensor) -> torch.Tensor:
+        """[M, I] float32, contiguous and on the CPU, to [M, O] float32."""
+        output_MO = torch.empty(input_MI.shape[0], self._codes_OI.shape[0])
+        arrays = (input_MI.detach().numpy(), self._codes_OI, self._scales_O, output_MO.numpy())
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if self._splits else 1
+        if threads == 1:
+            _product(*arrays)
+        else:
+            with _one_at_a_time:
+                numba.set_num_threads(threads)
+                _product_in_parts(*arrays, threads)
+        return output_MO
 
 
 @jit
@@ -111,18 +115,31 @@ def _multiply(
             m += 1
 
 
+@jit
+def _product(
+    input_MI: NDArray[np.float32],
+    codes_OI: NDArray[np.int8],
+    scales_O: NDArray[np.int16],
+    out_MO: NDArray[np.float32],
+) -> None:
+    values_MI, unit_M = np.empty(input_MI.shape, np.int16), np.empty(input_MI.shape[0])
+    _to_integers(input_MI, values_MI, unit_M)
+    _multiply(values_MI, unit_M, codes_OI, scales_O, out_MO, 0, codes_OI.shape[0])
+
+
 def _in_parts(
-    values_MI: NDArray[np.int16],
-    unit_M: NDArray[np.float64],
+    input_MI: NDArray[np.float32],
     codes_OI: NDArray[np.int8],
     scales_O: NDArray[np.int16],
     out_MO: NDArray[np.float32],
     parts: int,
 ) -> None:
+    values_MI, unit_M = np.empty(input_MI.shape, np.int16), np.empty(input_MI.shape[0])
+    _to_integers(input_MI, values_MI, unit_M)
     outputs = codes_OI.shape[0]
     for part in numba.prange(parts):
         first, last = part * outputs // parts, (part + 1) * outputs // parts
         _multiply(values_MI, unit_M, codes_OI, scales_O, out_MO, first, last)
 
 
-_multiply_in_parts = jit(_in_parts, parallel=True)
+_product_in_parts = jit(_in_parts, parallel=True)

@@ -18,6 +18,7 @@ from swarm.errors import UnsupportedModel
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.kernels import int4, int8
+from swarm.model.kernels.int8_rows import FewRows
 from swarm.model.kernels.traits import traits
 from swarm.model.quantize import (
     GROUP,
@@ -37,6 +38,10 @@ CPU = torch.device("cpu")
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def few_rows(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
+    return FewRows(codes_OI, scales_O).product(input_MI)
 
 
 def off(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -114,7 +119,7 @@ def test_any_length_of_a_row_is_summed_to_its_end(in_features: int) -> None:
         assert off(weight.product(input_MI), expected) < 0.005
 
 
-@pytest.mark.parametrize("way", [int8.rows, int8.pieces, int8.digits])
+@pytest.mark.parametrize("way", [few_rows, int8.pieces, int8.digits])
 def test_every_way_of_int8_agrees(way: object) -> None:
     weight = quantize_weight(randn(3000, 576), "int8")  # several pieces
     input_MI = randn(4, 576, seed=1)
@@ -129,7 +134,7 @@ def test_every_way_of_int8_agrees(way: object) -> None:
 def test_a_row_does_not_depend_on_its_batch(seed: int, rows: int, size: float) -> None:
     input_MI = randn(rows, 64, seed=seed) * size
     by_int8, by_int4 = quantize_weight(randn(70, 64), "int8"), quantize_weight(randn(70, 64), "int4")
-    for way in (int8.rows, int8.digits):
+    for way in (few_rows, int8.digits):
         one_by_one = [way(input_MI[i : i + 1], by_int8.codes, by_int8.scales) for i in range(rows)]
         assert torch.equal(way(input_MI, by_int8.codes, by_int8.scales), torch.cat(one_by_one))
     assert torch.equal(by_int4.product(input_MI), torch.cat([by_int4.product(row) for row in input_MI.split(1)]))
@@ -143,7 +148,7 @@ def test_both_ways_with_exact_sums_give_the_same_bits(seed: int, rows: int, inpu
     if extreme:  # the largest sums that there are
         input_MI = torch.ones(rows, inputs)
         weight = QuantizedWeight("int8", weight.shape, torch.full_like(weight.codes, -127), weight.scales)
-    by_rows = int8.rows(input_MI, weight.codes, weight.scales)
+    by_rows = few_rows(input_MI, weight.codes, weight.scales)
     assert torch.equal(by_rows, int8.digits(input_MI, weight.codes, weight.scales))
     if extreme:
         assert off(by_rows, -127.0 * inputs * weight.scales.double().expand(rows, -1)) < 1e-6
@@ -157,7 +162,7 @@ def test_large_weights_are_split_among_threads_to_the_same_bits() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            outputs.append(int8.rows(input_MI, weight.codes, weight.scales))
+            outputs.append(few_rows(input_MI, weight.codes, weight.scales))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*outputs)
@@ -173,7 +178,7 @@ def test_what_is_not_finite_stays_visible(scheme: Scheme, bad: float) -> None:
     assert finite.tolist() == [True, False, True]
 
 
-def test_rows_of_zeros_are_zeros() -> None:
+def test_few_rows_zeros_are_zeros() -> None:
     assert not quantize_weight(randn(64, 64), "int8").product(torch.zeros(3, 64)).any()
     assert not quantize_weight(torch.zeros(64, 64), "int8").product(randn(3, 64)).any()
 
