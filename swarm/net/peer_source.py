@@ -86,16 +86,20 @@ async def open_or_fetch(
 ) -> Checkpoint:
     """The model of a join string: as this machine finds it (at `override` if given), else from the swarm.
 
-    Raises what `open_for` and `open_from_peers` raise.
+    Raises what `open_for` and `open_from_peers` raise, and ModelMismatch if the tokenizer is not the swarm's.
     """
     try:
-        return await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, override)
+        checkpoint = await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, override)
     except ModelNotFound as error:
         if override:
             raise
         log.warning("model_from_peers", model=join.model, reason=error.cause)
-    find = swarm_holders(peer, join)
-    return await open_from_peers(peer, find, join.model_hash, name=join.model, seal_hash=seal_hash, witnesses=witnesses)
+        find = swarm_holders(peer, join)
+        checkpoint = await open_from_peers(
+            peer, find, join.model_hash, name=join.model, seal_hash=seal_hash, witnesses=witnesses
+        )
+    await asyncio.to_thread(checkpoint.check_tokenizer, join.tokenizer_hash, "the swarm")
+    return checkpoint
 
 
 class PeerSource:

@@ -69,6 +69,8 @@ CASES = [
     ),
     Case("model-other-weights", "node start --join {join} --model {root}/other-weights", "SW402", ("other-weights",)),
     Case("model-other-config", "status --join {join} --model {root}/other-config", "SW402", ("other-config",)),
+    Case("tokenizer-other", "generate Hi --join {join} --model {root}/other-tokenizer", "SW402", ("other tokens",)),
+    Case("tokenizer-other-node", "node start --join {join} --model {root}/other-tokenizer", "SW402", ("other tokens",)),
     # --- the join string
     Case("join-not-one", "status --join hello", "SW302", ("not a join string",)),
     Case("join-cut-off", "node start --join {cut_join}", "SW302", ("cut off",)),
@@ -169,13 +171,17 @@ def places(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def write_models(root: Path, model: Path) -> None:
     """Folders that look like the model, each wrong in one way."""
-    for name in ("other-config", "bad-config", "other-weights", "cut-off"):
+    for name in ("other-config", "bad-config", "other-weights", "other-tokenizer", "cut-off"):
         shutil.copytree(model, root / name, copy_function=os.link)
     config = json.loads((model / "config.json").read_text())
     replace_file(
         root / "other-config" / "config.json", json.dumps({**config, "max_position_embeddings": 4096}).encode()
     )
     replace_file(root / "bad-config" / "config.json", json.dumps({**config, "model_type": "perceptron"}).encode())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Hello"], vocabulary["Hi"] = vocabulary["Hi"], vocabulary["Hello"]
+    replace_file(root / "other-tokenizer" / "tokenizer.json", json.dumps(tokenizer).encode())
     weights = model / "model.safetensors"
     with weights.open("rb") as file:
         beginning = file.read(2**20)
