@@ -47,11 +47,13 @@ CHUNK_COLUMNS = 128
 """A prompt travels in pieces of so many columns: nodes work on them side by side, and decode between them."""
 _SILENCE_S = 1.0
 """A step that takes longer makes the client ask whether its nodes are alive."""
-_ANSWER_S = 1.5
+_ANSWER_S = 2.5
 _STUCK_S = 20.0
 _LINK_S = 5.0
 _GIVE_UP_S = 60.0
 _MISSING_S = 12.0
+_NEVER_THERE_S = 4.0
+"""How long blocks may be missing: after a failure, and from the beginning. A node writes its record every 2 s."""
 _AVOID_S = {PeerLost: 15.0, ProtocolError: 60.0, ModelMismatch: 300.0, VersionError: 300.0}
 _AVOID_OTHER_S = 5.0
 _RECOVERABLE = (
@@ -205,6 +207,7 @@ class Session:
         except BaseException:
             # As if the call had not been made; what nodes computed of it is dropped by the next step.
             self._history, self.batch = before, batch_before
+            self._lost.clear()  # who asks again later asks everybody again
             if moved:
                 await self._forget_chain()
             raise
@@ -235,9 +238,12 @@ class Session:
                 await self._give_way(error, moved=bool(rows))
                 now = time.monotonic()
                 if isinstance(error, BlocksMissing):
+                    if isinstance(first_error, (Busy, OutOfMemory)):
+                        raise first_error from None  # the blocks are there, but not the room
                     missing_since = missing_since or now
-                    if now - missing_since > _MISSING_S or first_error is error:
-                        raise first_error if isinstance(first_error, (Busy, OutOfMemory)) else error from None
+                    patience_s = _NEVER_THERE_S if isinstance(first_error, BlocksMissing) else _MISSING_S
+                    if now - missing_since > patience_s:
+                        raise error from None
                     await self._client.refresh()
                     await asyncio.sleep(0.5)  # for nodes that are about to appear in the DHT
                 elif now - started > _GIVE_UP_S:
@@ -261,7 +267,8 @@ class Session:
             self._start_over()
         if error.blame:
             self._lost.add(error.blame)
-            if not isinstance(error, (Preempted, SessionError)):
+            # A node without room for this session may have room for the next one, and is no worse for it.
+            if not isinstance(error, (Preempted, SessionError, Busy)):
                 seconds = next((s for kind, s in _AVOID_S.items() if isinstance(error, kind)), _AVOID_OTHER_S)
                 self._client.avoid.add(error.blame, error.cause, seconds)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from swarm.errors import PeerLost, ProtocolError, SwarmError
 from swarm.net.p2p import Peer
@@ -17,6 +18,7 @@ from swarm.wire.frames import FrameStream
 from swarm.wire.v1 import chain_pb2 as pb
 
 PROTOCOL = "/swarm/health/1"
+_LATE_S = 0.2
 Stream = FrameStream[pb.HealthFrame]
 
 
@@ -74,20 +76,30 @@ class Health:
 
     async def ask(self, hop: Hop, session_id: str, timeout_s: float) -> pb.HealthReply | None:
         """The node's answer; None if there is none within `timeout_s`."""
+        asking = asyncio.create_task(self._answer(hop, session_id))
         try:
-            async with asyncio.timeout(timeout_s):
-                line = await self._line(hop)
-                began = asyncio.get_running_loop().time()
-                reply = await line.ask(session_id)
-                rtt_s = asyncio.get_running_loop().time() - began
-                self.rtts_s[hop.peer_id] = min(rtt_s, self.rtts_s.get(hop.peer_id, rtt_s))
-                return reply
-        except (SwarmError, TimeoutError):
-            broken = self._lines.pop(hop.peer_id, None)
-            if broken is not None:
-                broken.stream.close()
-                broken.reader.cancel()
-            return None
+            await asyncio.wait({asking}, timeout=timeout_s)
+            if not asking.done():
+                # If it was our own loop that was held up, the answer may be here without having been looked at.
+                await asyncio.wait({asking}, timeout=_LATE_S)
+            with suppress(SwarmError):
+                if asking.done():
+                    return asking.result()
+        finally:
+            asking.cancel()
+        broken = self._lines.pop(hop.peer_id, None)
+        if broken is not None:
+            broken.stream.close()
+            broken.reader.cancel()
+        return None
+
+    async def _answer(self, hop: Hop, session_id: str) -> pb.HealthReply:
+        line = await self._line(hop)
+        began = asyncio.get_running_loop().time()
+        reply = await line.ask(session_id)
+        rtt_s = asyncio.get_running_loop().time() - began
+        self.rtts_s[hop.peer_id] = min(rtt_s, self.rtts_s.get(hop.peer_id, rtt_s))
+        return reply
 
     async def _line(self, hop: Hop) -> _Line:
         async with self._dialling.setdefault(hop.peer_id, asyncio.Lock()):

@@ -41,6 +41,11 @@ from swarm.net.records import SignedRecords
 from swarm.wire.frames import FrameStream
 
 _LEAVE_TIMEOUT_S = 2.0
+_ANSWER_TIMEOUT_S = 2.0
+_BAN_S = 2.0
+"""How long the DHT waits for a peer, and how long it then asks others instead (doubled each time it is silent
+again). A record lives for 7 s: with hivemind's 3 and 5 s, one frozen peer made living ones vanish from the view,
+and a thawed one take its neighbours for dead."""
 M = TypeVar("M", bound=Message)
 log = structlog.get_logger()
 
@@ -129,7 +134,8 @@ class Peer:
                         cache_nearest=0,
                         cache_refresh_before_expiry=0,
                         num_replicas=5,
-                        wait_timeout=3.0,
+                        wait_timeout=_ANSWER_TIMEOUT_S,
+                        blacklist_time=_BAN_S,
                     )
                     addrs = () if settings.client_only else tuple(str(a) for a in await p2p.get_visible_maddrs())
             except Exception as error:

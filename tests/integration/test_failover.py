@@ -20,6 +20,7 @@ from swarm.client.session import Session
 from swarm.client.swarm import SwarmClient
 from swarm.errors import BlocksMissing, ContextTooLong
 from swarm.model.checkpoint import Checkpoint
+from swarm.net.discovery import RECORD_TTL_S
 from swarm.net.join import parse_join
 from tests.integration.processes import Process, Swarm, run_swarm, swarm_of
 
@@ -134,6 +135,22 @@ async def test_a_frozen_node_is_passed_by_and_may_thaw(
         other = await client.session()
         assert [t async for t in other.generate(client.encode_prompt(PROMPT), TOKENS, Sampling())] == plain
         await other.close()
+
+
+async def test_a_frozen_node_hides_nobody_else(fleet: Fleet, smollm2: Path) -> None:
+    """Whoever asks it or writes to it waits; records of the others must not run out meanwhile."""
+    frozen, *others = fleet.nodes
+    async with fleet.client(smollm2) as client:
+        for peer in fleet.nodes:
+            await _until_listed(client, peer)
+        _send(signal.SIGSTOP)(fleet.nodes[frozen])
+        try:
+            until = time.monotonic() + 2 * RECORD_TTL_S
+            while time.monotonic() < until:
+                assert {node.peer_id for node in (await client.view()).nodes} >= set(others)
+        finally:
+            _send(signal.SIGCONT)(fleet.nodes[frozen])
+        await _until_listed(client, frozen)
 
 
 async def test_a_node_killed_during_the_prompt_is_replaced(fleet: Fleet, smollm2: Path, plain: list[int]) -> None:
