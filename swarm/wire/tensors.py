@@ -76,10 +76,15 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
         values = (codes.to(torch.float32) * scale).reshape(shape)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
-    # Both extremes are NaN if any value is. (One pass; `isfinite` takes five, twenty times as long.)
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+    if not is_finite(values):
         raise ProtocolError("activations contain NaN or infinity", "route around the node that sent them")
     return values.to(device=device, dtype=dtype)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is. (One pass; `isfinite` takes five, twenty times as long.)"""
+    # Both extremes are NaN if any value is.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _group_size(width: int) -> int:
