@@ -16,7 +16,7 @@ import torch
 
 from node.hop import ChainHop
 from node.step import RANK_BACKWARD, RANK_FORWARD
-from node.turns import window
+from node.turns import Turns, window
 from swarm.compute import Priority
 from swarm.errors import ProtocolError, SessionError
 from swarm.wire.tensors import is_finite, pack, payload_size, unpack
@@ -50,14 +50,14 @@ class TrainHop(ChainHop):
         if self.server.trainer is None:
             raise SessionError("this node takes no part in training")
         self._stage = await self.server.trainer.accept(self.opener, self.request)
-        self._room = asyncio.Semaphore(window(len(self.hops), self.request.index))
-        self._held = 0
+        self._turns = Turns(window(len(self.hops), self.request.index))
+        self._room = asyncio.Semaphore(self._turns.window)
         return pb.HopState()
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
         # Frames behind this one stay in the stream until a gradient has freed its graph.
         await self._room.acquire()
-        self._held += 1
+        self._turns = self._turns.forward()
         reply = pb.Forward(seq=message.seq, void=True)
         packed = None if message.void else await self._forward(message, payload)
         if packed is None:
@@ -79,7 +79,7 @@ class TrainHop(ChainHop):
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
         stage = self._ready()
-        if not self._held:
+        if not self._turns.held:
             raise ProtocolError(f"a gradient for batch {message.seq}, which never came")
         if not message.void:
             payload_size(message.tensor)
@@ -95,7 +95,7 @@ class TrainHop(ChainHop):
             return packed, stage.squared_norm() if message.last else 0.0
 
         packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
-        self._held -= 1
+        self._turns = self._turns.backward()
         self._room.release()
         reply = pb.Backward(seq=message.seq, last=message.last, void=packed is None)
         reply.squared_norm = message.squared_norm + own
@@ -122,8 +122,8 @@ class TrainHop(ChainHop):
 
     async def _step(self, message: pb.Step) -> None:
         stage, run = self._ready(), self.server.compute.run
-        if self._held:
-            raise ProtocolError(f"an optimizer step while {self._held} batches wait for their gradients")
+        if self._turns.held:
+            raise ProtocolError(f"an optimizer step while {self._turns.held} batches wait for their gradients")
         if not (math.isfinite(message.lr) and message.lr >= 0 and 0 <= message.scale <= 1):
             raise ProtocolError(f"an optimizer step at rate {message.lr} and scale {message.scale}")
         if message.skip:

@@ -64,8 +64,7 @@ class StepDriver:
 
     async def step(self, parts: Sequence[Microbatch], lr: float, clip: float | None = None) -> StepResult:
         """Raises PeerLost, OutOfMemory, and whatever a stage reports."""
-        pipeline = _Pass(self._head, self._stage, self._compute, self._chain, parts)
-        loss, norm = await pipeline.run()
+        loss, norm = await self.gradient(parts)
         taken = math.isfinite(loss) and math.isfinite(norm)
         scale = clip_scale(norm, clip) if taken else 1.0
         if self._chain is not None:
@@ -75,6 +74,11 @@ class StepDriver:
         else:
             await self._compute.run(Priority.TRAIN, self._stage.skip, rank=RANK_BACKWARD)
         return StepResult(loss, norm, taken)
+
+    async def gradient(self, parts: Sequence[Microbatch]) -> tuple[float, float]:
+        """Add up the gradient of every stage. Returns the loss and the norm over all stages, NaN or infinity if
+        one met a number that is not finite."""
+        return await _Pass(self._head, self._stage, self._compute, self._chain, parts).run()
 
 
 class _Pass:
