@@ -24,6 +24,15 @@ def test_the_lead_holds_fewer_blocks_for_the_head_it_runs() -> None:
     assert cuts("0:30 0:30", 100.0) == "0:1 1:30"
 
 
+def test_speeds_and_allowed_places_count() -> None:
+    both = [Span(0, 30), Span(0, 30)]
+    assert choose_cuts(both, 6.0, [2.0, 1.0]) == [Span(0, 6), Span(6, 30)]
+    assert choose_cuts(both, 6.0, allowed={10, 15, 20}) == [Span(0, 10), Span(10, 30)]
+    # The ends of what nodes hold are possible whatever is allowed.
+    assert choose_cuts([Span(0, 17), Span(17, 30)], 0.0, allowed={15}) == [Span(0, 17), Span(17, 30)]
+    assert choose_cuts([Span(0, 31), Span(0, 31)], 0.0) == [Span(0, 16), Span(16, 31)]
+
+
 def test_nobody_runs_what_it_does_not_hold() -> None:
     assert cuts("0:20 18:30", 6.0) == "0:18 18:30"
     assert cuts("0:15 15:30", 6.0) == "0:15 15:30"
