@@ -18,7 +18,7 @@ from node.hop import ChainHop
 from node.step import RANK_BACKWARD, RANK_FORWARD
 from node.turns import Turns, window
 from swarm.compute import Priority
-from swarm.errors import ProtocolError, SessionError
+from swarm.errors import ProtocolError, SessionError, VersionError
 from swarm.wire.tensors import is_finite, pack, payload_size, unpack
 from swarm.wire.v1 import chain_pb2 as pb
 from swarm.wire.v1 import common_pb2
@@ -49,6 +49,9 @@ class TrainHop(ChainHop):
     async def prepare(self) -> pb.HopState:
         if self.server.trainer is None:
             raise SessionError("this node takes no part in training")
+        if "step-frames" not in self.request.hello.required:
+            # It would send gradients and never a step: this node would contribute nothing and not notice.
+            raise VersionError("the pipeline's lead runs an older release, which steps in another way")
         self._stage = await self.server.trainer.accept(self.opener, self.request)
         self._turns = Turns(window(len(self.hops), self.request.index))
         self._room = asyncio.Semaphore(self._turns.window)

@@ -5,7 +5,7 @@ are stages from it to the loss, itself included, then one backward and one forwa
 keeps no more graphs than that, whatever the number of microbatches.
 
 The lead computes the loss, so a chain of S nodes has S + 1 stages: the nodes' blocks and, last, the
-head on the lead. Node k (the lead is 0) keeps at most S + 1 - k graphs.
+head on the lead. Node k (the lead is 0) keeps at most S + 1 - k graphs. A node alone waits for nobody: one graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def window(nodes: int, index: int) -> int:
     """Graphs that node `index` of a chain of so many nodes keeps at once."""
     if not 0 <= index < nodes:
         raise ValueError(f"a chain of {nodes} nodes has no node {index}")
-    return nodes + 1 - index
+    return 1 if nodes == 1 else nodes + 1 - index
 
 
 def auto_microbatches(nodes: int, batch_size: int) -> int:

@@ -154,7 +154,7 @@ class Chain:
         terms = terms or SessionTerms()
         session_id = terms.session_id or uuid.uuid4().hex
         message = pb.Open(
-            hello=hello(model_hash, ("push",)),
+            hello=hello(model_hash, ("push",) if training is None else ("push", "step-frames")),
             session_id=session_id,
             mode=mode,
             hops=[hop_to_proto(hop) for hop in hops],

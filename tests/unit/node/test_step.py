@@ -190,6 +190,29 @@ async def test_gradients_out_of_order_are_refused(tiny: Path) -> None:
     part.compute.stop()
 
 
+@pytest.mark.parametrize(("lr", "scale"), [(math.nan, 1.0), (-1.0, 1.0), (LR, 2.0), (LR, math.nan)])
+async def test_a_step_that_cannot_be_meant_is_refused(tiny: Path, tmp_path: Path, lr: float, scale: float) -> None:
+    async with pipeline_of(tiny, EXACT, tmp_path) as pipeline:
+        await pipeline.driver.gradient(split_batch(BATCH, 2))
+        before = pipeline.second.stage.values()
+        await pipeline.chain.step(lr, scale, skip=False)
+        with pytest.raises(ProtocolError, match="an optimizer step at rate"):
+            await pipeline.chain.begin_round(2)
+        after = pipeline.second.stage.values()
+        assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+async def test_a_step_or_gradient_out_of_turn_is_refused(tiny: Path, tmp_path: Path) -> None:
+    async with pipeline_of(tiny, EXACT, tmp_path) as pipeline:
+        await pipeline.chain.train_forward(torch.randn(1, 3, 32))
+        await pipeline.chain.step(LR, 1.0, skip=False)
+        with pytest.raises(ProtocolError, match="while 1 batches wait"):
+            await pipeline.chain.begin_round(2)
+    async with pipeline_of(tiny, EXACT, tmp_path) as pipeline:
+        with pytest.raises(ProtocolError, match="which never came"):
+            await pipeline.chain.train_backward(7, torch.randn(1, 3, 32))
+
+
 async def test_one_node_alone_takes_the_same_step(tiny: Path, tmp_path: Path) -> None:
     expected_loss, expected = whole_gradients(tiny, BATCH)
     part = Part(tiny, Span(0, BLOCKS), EXACT)

@@ -17,7 +17,7 @@ def test_the_order_by_distance_from_the_loss() -> None:
     # Two nodes: the lead, the second node, and the head on the lead as the third stage.
     assert shown(4, window(2, 0)) == "F0 F1 F2 B0 F3 B1 B2 B3"
     assert shown(4, window(2, 1)) == "F0 F1 B0 F2 B1 F3 B2 B3"
-    assert shown(4, 1) == "F0 B0 F1 B1 F2 B2 F3 B3"
+    assert shown(4, window(1, 0)) == "F0 B0 F1 B1 F2 B2 F3 B3"
     assert shown(2, window(5, 0)) == "F0 F1 B0 B1"
 
 
