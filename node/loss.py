@@ -31,7 +31,15 @@ def label_loss(
         counted = targets_BT != -100
         with within or nullcontext():
             logits_NV = head.logits(hidden[:, :-1][counted])
-        loss = functional.cross_entropy(logits_NV.float(), targets_BT[counted]) * share
-        torch.autograd.backward(loss)
+        with torch.no_grad():
+            # As cross_entropy and its backward pass have it, but in one tensor as wide as the vocabulary instead of
+            # three: the probabilities replace their logarithms, and become the gradient.
+            targets_N = targets_BT[counted]
+            log_p_NV = functional.log_softmax(logits_NV.float(), dim=-1)
+            loss = float(functional.nll_loss(log_p_NV, targets_N) * share)
+            each = share / len(targets_N)
+            grad_NV = log_p_NV.exp_().mul_(each)
+            grad_NV[torch.arange(len(targets_N), device=grad_NV.device), targets_N] -= each
+        torch.autograd.backward(logits_NV, grad_NV.to(logits_NV.dtype))
     assert hidden.grad is not None
-    return float(loss.detach()), hidden.grad
+    return loss, hidden.grad
