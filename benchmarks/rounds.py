@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.provenance import provenance, publish
 from coordinator.aggregate import OuterState, average, outer_round
-from node.lead import label_loss
+from node.loss import label_loss
 from node.memory import Ledger
 from node.serving import NodeModel
 from node.stage import AdapterStage

@@ -64,7 +64,7 @@ class Intake:
         member = next(m for m in pipeline.members if m.peer == caller)
         leads = pipeline.members[0].peer == caller
         schedule = driver.spec.schedule
-        most_tokens = schedule.inner_steps * schedule.batch_size * schedule.max_length
+        most_tokens = schedule.inner_steps * schedule.samples_per_step * schedule.max_length
         shapes = shapes_of_member(driver.results.shapes, pipeline.members, caller)
         most_bytes = max_frame_bytes(shapes)
         if len(request.payload_sha256) != _HASH_BYTES:

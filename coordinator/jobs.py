@@ -171,7 +171,7 @@ class Jobs:
 
     def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
         shared = self._shared
-        positions = spec.schedule.inner_steps * spec.schedule.batch_size
+        positions = spec.schedule.inner_steps * spec.schedule.samples_per_step
         return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock)
 
     def _rules(self, spec: JobSpec) -> Rules:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from node.chains import ChainServer
 
 ATTACH_TIMEOUT_S = 30.0
+LINGER_S = 5.0
+"""For an opener to read an error and close; it does so at once."""
 T = TypeVar("T")
 log = structlog.get_logger()
 Stream = FrameStream[pb.Frame]
@@ -266,5 +268,9 @@ class ChainHop:
 async def tell(stream: Stream, error: SwarmError) -> None:
     """Report an error on a stream that may already be gone."""
     log.warning("chain_failed", peer=stream.peer, error=str(error), blame=error.blame)
-    with suppress(SwarmError):
+    with suppress(SwarmError, TimeoutError):
         await stream.send(pb.Frame(error=error_to_proto(error)))
+        # A connection that is closed with unread frames in it is reset, and the error with it: whoever sent
+        # several steps ahead would only see that this node went away.
+        async with asyncio.timeout(LINGER_S):
+            await stream.discard()

@@ -1,80 +1,138 @@
-"""A training chain's hop: what the coordinator assigned, computed by this node's trainer."""
+"""A training chain's hop: what the coordinator assigned, computed by this node's trainer.
+
+Forward and backward passes take turns as `node.turns` says, so that this node keeps no more graphs than
+stand between it and the loss; backward passes go before forward passes on the compute thread. What is
+not finite is never sent: the message says `void` instead, up and down the chain, and the lead
+skips the optimizer step on every stage.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
 from typing import Protocol
 
 import torch
 
 from node.hop import ChainHop
+from node.step import RANK_BACKWARD, RANK_FORWARD
+from node.turns import Turns, window
 from swarm.compute import Priority
-from swarm.errors import SessionError
-from swarm.wire.tensors import pack, payload_size, unpack
+from swarm.errors import ProtocolError, SessionError, VersionError
+from swarm.wire.tensors import is_finite, pack, payload_size, unpack
 from swarm.wire.v1 import chain_pb2 as pb
 from swarm.wire.v1 import common_pb2
+
+_Packed = tuple[common_pb2.TensorMeta, bytes]
 
 
 class TrainStage(Protocol):
     """What this node's trainer offers to a lead's chain."""
 
-    def admit(self, shape_BTD: tuple[int, ...], position: int) -> None: ...
+    def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None: ...
     def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor: ...
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor: ...
-    def step(self, lr: float) -> None: ...
+    def drop(self, seq: int) -> None: ...
+    def squared_norm(self) -> float: ...
+    def step(self, lr: float, scale: float) -> None: ...
+    def skip(self) -> None: ...
     async def begin_round(self, round: int) -> None: ...
     def end_round(self, message: pb.EndRound) -> None: ...
     def close(self) -> None: ...
 
 
 class TrainHop(ChainHop):
-    """Forward, backward and the round's beginning and end."""
+    """Forward, backward, the optimizer's step, and the round's beginning and end."""
 
     _stage: TrainStage | None = None
 
     async def prepare(self) -> pb.HopState:
         if self.server.trainer is None:
             raise SessionError("this node takes no part in training")
+        if "step-frames" not in self.request.hello.required:
+            # It would send gradients and never a step: this node would contribute nothing and not notice.
+            raise VersionError("the pipeline's lead runs an older release, which steps in another way")
         self._stage = await self.server.trainer.accept(self.opener, self.request)
+        self._turns = Turns(window(len(self.hops), self.request.index))
+        self._room = asyncio.Semaphore(self._turns.window)
         return pb.HopState()
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
+        # Frames behind this one stay in the stream until a gradient has freed its graph.
+        await self._room.acquire()
+        self._turns = self._turns.forward()
+        reply = pb.Forward(seq=message.seq, void=True)
+        packed = None if message.void else await self._forward(message, payload)
+        if packed is None:
+            await self.send_on(pb.Frame(forward=reply))
+        else:
+            await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, tensor=packed[0])), packed[1])
+
+    async def _forward(self, message: pb.Forward, payload: bytes) -> _Packed | None:
         stage = self._ready()
-        shape = (*self.check_hidden(message.tensor, payload), self.server.model.width)
-        stage.admit(shape, message.position)
+        stage.admit(message.seq, (*self.check_hidden(message.tensor, payload), self.server.model.width))
         shard = self.server.model.shard
 
-        def compute() -> tuple[common_pb2.TensorMeta, bytes]:
+        def compute() -> _Packed | None:
             hidden = unpack(message.tensor, payload, shard.dtype, shard.device)
-            return pack(stage.train_forward(message.seq, hidden), self.encoding)
+            output = stage.train_forward(message.seq, hidden)
+            return pack(output, self.encoding) if is_finite(output) else None
 
-        meta, data = await self.server.compute.run(Priority.TRAIN, compute)
-        await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, tensor=meta)), data)
+        return await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_FORWARD)
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
         stage = self._ready()
-        payload_size(message.tensor)
+        if not self._turns.held:
+            raise ProtocolError(f"a gradient for batch {message.seq}, which never came")
+        if not message.void:
+            payload_size(message.tensor)
         shard = self.server.model.shard
 
-        def compute() -> tuple[common_pb2.TensorMeta, bytes]:
-            grad = unpack(message.tensor, payload, shard.dtype, shard.device)
-            return pack(stage.train_backward(message.seq, grad), self.encoding)
+        def compute() -> tuple[_Packed | None, float]:
+            packed = None
+            if message.void:
+                stage.drop(message.seq)
+            else:
+                gradient = stage.train_backward(message.seq, unpack(message.tensor, payload, shard.dtype, shard.device))
+                packed = pack(gradient, self.encoding) if is_finite(gradient) else None
+            return packed, stage.squared_norm() if message.last else 0.0
 
-        meta, data = await self.server.compute.run(Priority.TRAIN, compute)
-        reply = pb.Backward(seq=message.seq, tensor=meta, step=message.step, lr=message.lr)
-        # The gradient leaves first: the hop before computes while this one steps its optimizer.
-        await self.send_back(pb.Frame(backward=reply), data)
-        if message.step:
-            await self.server.compute.run(Priority.TRAIN, stage.step, message.lr)
+        packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
+        self._turns = self._turns.backward()
+        self._room.release()
+        reply = pb.Backward(seq=message.seq, last=message.last, void=packed is None)
+        reply.squared_norm = message.squared_norm + own
+        if packed is None:
+            await self.send_back(pb.Frame(backward=reply))
+        else:
+            reply.tensor.CopyFrom(packed[0])
+            await self.send_back(pb.Frame(backward=reply), packed[1])
 
     async def on_other(self, frame: pb.Frame) -> None:
-        kind = frame.WhichOneof("kind")
+        kind, stage = frame.WhichOneof("kind"), self._ready()
+        if kind == "step":
+            # The next hop steps at the same time; what follows on this stream waits for this one.
+            await self.send_on(frame)
+            await self._step(frame.step)
+            return
         if kind == "begin_round":
-            await self._ready().begin_round(frame.begin_round.round)
+            await stage.begin_round(frame.begin_round.round)
         elif kind == "end_round":
-            self._ready().end_round(frame.end_round)
+            stage.end_round(frame.end_round)
         else:
             await super().on_other(frame)
         await self.send_on(frame)
+
+    async def _step(self, message: pb.Step) -> None:
+        stage, run = self._ready(), self.server.compute.run
+        if self._turns.held:
+            raise ProtocolError(f"an optimizer step while {self._turns.held} batches wait for their gradients")
+        if not (math.isfinite(message.lr) and message.lr >= 0 and 0 <= message.scale <= 1):
+            raise ProtocolError(f"an optimizer step at rate {message.lr} and scale {message.scale}")
+        if message.skip:
+            await run(Priority.TRAIN, stage.skip, rank=RANK_BACKWARD)
+        else:
+            await run(Priority.TRAIN, stage.step, message.lr, message.scale, rank=RANK_BACKWARD)
 
     async def on_close(self) -> None:
         if self._stage is not None:

@@ -1,28 +1,32 @@
 """The lead's inner loop: samples in, loss at the head, gradients back through the pipeline.
 
-One call trains one round: lease the samples, take H inner steps, tell the stages to contribute. The
-lead holds embedding, final norm and LM head, runs its own blocks locally and the others' over
-its chain. Only the positions that carry a label go through the LM head.
+One call trains one round: H inner steps over the lease's samples, then the stages are told to contribute.
+The lead holds embedding, final norm and LM head, runs its own blocks locally and the others' over
+its chain; `node.step` drives a step through them. A step whose loss or gradient is not finite changes
+nothing, and is counted; a round without any other step is not contributed.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
-import torch
-from torch.nn import functional
 
 from node.member import Work
 from node.stage import AdapterStage
-from swarm.compute import Compute, Priority
-from swarm.config import JobSpec
+from node.step import StepDriver
+from node.turns import auto_microbatches
+from swarm.compute import Compute
+from swarm.config import JobSpec, Schedule
 from swarm.data.batch import Batch, batch_positions, collate
 from swarm.data.chat import encode_sample
 from swarm.data.dataset import ChatDataset
+from swarm.data.microbatch import Microbatch, split_batch
 from swarm.data.order import sample_index
+from swarm.errors import ContributionError
 from swarm.model.shard import Head
 from swarm.net.chain import Chain
 from swarm.wire.v1 import chain_pb2
@@ -39,6 +43,8 @@ class Progress:
     inner_step: int = 0
     loss: float = 0.0
     tokens_per_s: float = 0.0
+    skipped_steps: int = 0
+    """Of this round: their loss or gradient was not finite."""
 
 
 class LeadLoop:
@@ -66,31 +72,48 @@ class LeadLoop:
     async def train_round(
         self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None, first_round: int
     ) -> Work:
-        """H inner steps of the lease's samples. Raises PeerLost and whatever a stage reports."""
-        schedule = self._spec.schedule
+        """H inner steps of the lease's samples.
+
+        Raises PeerLost, whatever a stage reports, and ContributionError if every step was skipped.
+        """
+        schedule, clip = self._spec.schedule, self._spec.inner.clip
         ranges = [(r.start, r.end) for r in lease.ranges]
-        tokens, loss_sum = 0, 0.0
+        driver = StepDriver(self._head, self._stage, self._compute, chain)
+        tokens, losses, skipped = 0, list[float](), 0
         for step in range(schedule.inner_steps):
             began = time.monotonic()
             batch = self._batch(ranges, step)
             lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
-            loss = await self.inner_step(batch, chain, lr)
-            tokens += batch.tokens
-            loss_sum += loss
+            result = await driver.step(self._parts(batch, assignment), lr, clip)
             elapsed_s = time.monotonic() - began
+            if result.taken:
+                tokens += batch.tokens
+                losses.append(result.loss)
+                self._progress.loss = result.loss
+            else:
+                skipped += 1
             self._progress.round, self._progress.inner_step = assignment.round, step + 1
-            self._progress.loss, self._progress.tokens_per_s = loss, batch.tokens / elapsed_s
-            log.info(
-                "inner_step",
+            self._progress.skipped_steps, self._progress.tokens_per_s = skipped, batch.tokens / elapsed_s
+            log.log(
+                logging.INFO if result.taken else logging.WARNING,
+                "inner_step" if result.taken else "inner_step_skipped",
                 job=assignment.job_name,
                 round=assignment.round,
                 step=f"{step + 1}/{schedule.inner_steps}",
-                loss=round(loss, 4),
+                loss=round(result.loss, 4),
+                norm=round(result.norm, 4),
+                skipped_steps=skipped,
                 tokens_per_s=round(batch.tokens / elapsed_s),
             )
         if self._cut_tokens:
             log.warning("prompts_cut", job=assignment.job_name, tokens=self._cut_tokens, max_length=schedule.max_length)
             self._cut_tokens = 0
+        if not losses:
+            raise ContributionError(
+                f"all {skipped} inner steps of round {assignment.round} were skipped: their loss or gradient "
+                "was not finite",
+                "lower inner.lr, set inner.clip, or look at the data",
+            )
         work = Work(
             round=assignment.round,
             generation=assignment.generation,
@@ -98,12 +121,17 @@ class LeadLoop:
             inner_steps=schedule.inner_steps,
             tokens=tokens,
             lease_id=lease.lease_id,
-            loss=loss_sum / schedule.inner_steps,
+            loss=sum(losses) / len(losses),
+            skipped_steps=skipped,
         )
         if chain is not None:
             await chain.end_round(
                 chain_pb2.EndRound(
-                    round=work.round, inner_steps=work.inner_steps, tokens=work.tokens, lease_id=work.lease_id
+                    round=work.round,
+                    inner_steps=work.inner_steps,
+                    tokens=work.tokens,
+                    lease_id=work.lease_id,
+                    skipped_steps=work.skipped_steps,
                 )
             )
         return work
@@ -111,50 +139,24 @@ class LeadLoop:
     def _batch(self, ranges: list[tuple[int, int]], step: int) -> Batch:
         schedule = self._spec.schedule
         samples = []
-        for position in batch_positions(ranges, step, schedule.batch_size):
+        for position in batch_positions(ranges, step, schedule.samples_per_step):
             messages = self._dataset[sample_index(position, len(self._dataset), schedule.seed)]
             sample = encode_sample(self._tokenizer, messages, schedule.max_length)
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
         return collate(samples, self._tokenizer.pad_token_id or 0)
 
+    def _parts(self, batch: Batch, assignment: pb.Assignment) -> tuple[Microbatch, ...]:
+        schedule = self._spec.schedule
+        return split_batch(batch, microbatches(schedule, len(assignment.hops)) * schedule.accumulate)
+
     def _learning_rate(self, step: int) -> float:
         inner = self._spec.inner
         return inner.lr * min(1.0, (step + 1) / (inner.warmup_steps + 1))
 
-    async def inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:
-        """Forward, loss, backward and one optimizer step of every stage; returns the batch's loss."""
-        run, stage, head = self._compute.run, self._stage, self._head
-        hidden = await run(Priority.TRAIN, lambda: head.embed(batch.input_ids_BT).detach())
-        stage.admit(tuple(hidden.shape), 0)
-        output = await run(Priority.TRAIN, lambda: stage.forward(0, hidden, input_grad=False))
-        seq = 0
-        if chain is not None:
-            seq, output = await chain.forward(output)
-        loss, grad = await run(Priority.TRAIN, label_loss, head, output, batch.labels_BT)
-        if chain is not None:
-            grad = await chain.backward(seq, grad, step=True, lr=lr)
 
-        def finish() -> None:
-            stage.backward(0, grad)
-            stage.step(lr)
-
-        await run(Priority.TRAIN, finish)
-        return loss
-
-
-def label_loss(head: Head, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Mean cross-entropy over labelled positions and its gradient [B, T, D].
-
-    The next-token shift and the mean over the batch's labelled tokens are those of `transformers`'
-    causal-LM loss; unlabelled positions are left out before the LM head instead of after it.
-    """
-    with torch.enable_grad():
-        hidden = hidden_BTD.detach().requires_grad_(True)
-        targets_BT = labels_BT[:, 1:].to(hidden.device)
-        counted = targets_BT != -100
-        logits_NV = head.logits(hidden[:, :-1][counted])
-        loss = functional.cross_entropy(logits_NV.float(), targets_BT[counted])
-        torch.autograd.backward(loss)
-    assert hidden.grad is not None
-    return float(loss.detach()), hidden.grad
+def microbatches(schedule: Schedule, nodes: int) -> int:
+    """Into how many parts a pipeline of so many nodes takes one batch."""
+    if schedule.microbatches == "auto":
+        return auto_microbatches(nodes, schedule.batch_size)
+    return schedule.microbatches

@@ -1,4 +1,4 @@
-"""A node measures its own compute: what one block takes to decode and to prefill on this device.
+"""A node measures its own compute: what one block takes to decode, to prefill and to train on this device.
 
 In: the views it serves. Out: seconds, medians of a few runs on random activations; nothing is kept, and no
 session is touched. Compute thread only.
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm.model.shard import View
+from node.loss import label_loss
+from node.stage import AdapterStage
+from swarm.model.shard import Head, View
 
 _CONTEXT = 4
 """Columns in the cache while decoding is timed: few, so that filling it for eight rows costs a slow CPU little.
@@ -78,6 +80,28 @@ def measure_speed(
         prompt_BTD = hidden(1, tokens)
         prefill_s = _median_s(lambda: view.forward(prompt_BTD, 0, view.new_cache()), share_s, device, clock)
     return Speed(one_s / blocks, eight_s / blocks, tokens / prefill_s, fits)
+
+
+def training_cost(
+    stage: AdapterStage, head: Head, ids_BT: torch.Tensor, clock: Clock = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds that one block and the head take for a forward and a backward pass of these tokens, all labelled.
+
+    The least of three runs. Nothing is trained, and nothing is charged: for when a node is otherwise idle.
+    """
+    blocks_s, head_s = [], []
+    for _ in range(3):
+        began = clock()
+        output = stage.forward(0, head.embed(ids_BT).detach(), input_grad=True)
+        forward_s = clock() - began
+        began = clock()
+        _, gradient = label_loss(head, output, ids_BT)
+        head_s.append(clock() - began)
+        began = clock()
+        stage.backward(0, gradient)
+        blocks_s.append(forward_s + clock() - began)
+        stage.skip()
+    return min(blocks_s) / len(stage.span), min(head_s)
 
 
 def _median_s(step: Callable[[], object], budget_s: float, device: torch.device, clock: Clock) -> float:

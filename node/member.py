@@ -49,6 +49,8 @@ class Work:
     lease_id: int
     loss: float | None = None
     """Mean over the round's inner steps; the lead knows it."""
+    skipped_steps: int = 0
+    """Of `inner_steps`: their loss or gradient was not finite."""
 
 
 class JobMember:
@@ -135,6 +137,7 @@ class JobMember:
             inner_steps=work.inner_steps,
             tokens=work.tokens,
             lease_id=work.lease_id,
+            skipped_steps=work.skipped_steps,
             span=common_pb2.Span(start=self.span.start, end=self.span.end),
         )
         if work.loss is not None:

@@ -2,24 +2,28 @@
 
 Called on the compute thread only. The frozen weights are shared with serving; parameters,
 gradients and AdamW's moments are float32 and belong to the job. A forward pass keeps its graph
-until the matching backward.
+until the matching backward; gradients add up until a step or a skip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
 from node.memory import Ledger
+from node.recompute import RecomputeSwitch, kept_bytes, recomputed_bytes
 from node.serving import NodeModel
 from swarm.adapters.registry import Parameters, get_values, set_values
 from swarm.config import JobSpec
-from swarm.errors import ContextTooLong, ProtocolError
+from swarm.errors import ContextTooLong, JobConflict, OutOfMemory, ProtocolError
 from swarm.ids import Span
 
+log = structlog.get_logger()
 _MAX_IN_FLIGHT = 64
 _OPTIMIZER_COPIES = 6  # parameter, gradient, two moments, reference, residual
 
@@ -28,7 +32,13 @@ class AdapterStage:
     """One job's trainable part of a span."""
 
     def __init__(self, model: NodeModel, span: Span, spec: JobSpec, ledger: Ledger, owner: str) -> None:
-        """Builds the view and injects the method. Raises OutOfMemory, UnsupportedModel."""
+        """Builds the view and injects the method. Raises OutOfMemory, UnsupportedModel, JobConflict (precision)."""
+        if spec.precision == "float32" and model.shard.dtype != torch.float32:
+            held = str(model.shard.dtype).removeprefix("torch.")
+            raise JobConflict(
+                f"the job computes in float32, this node holds its blocks in {held}",
+                "start the node with --dtype float32, or leave the job's precision out",
+            )
         shapes = model.adapters.span_shapes(spec.method, span)
         count = sum(int(np.prod(shape)) for shape in shapes.values())
         ledger.charge("optimizer", owner, count * 4 * _OPTIMIZER_COPIES)
@@ -48,16 +58,42 @@ class AdapterStage:
             weight_decay=spec.inner.weight_decay,
         )
         self._in_flight: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._charged: dict[int, int] = {}
+        """Bytes by batch, from its admission to its gradient."""
+        self._recomputed: set[int] = set()
+        self._recompute = RecomputeSwitch(self._view.blocks)
+        self._autocast = spec.precision == "bfloat16"
+        self.reason = ""
+        """Why it is slower than it could be; empty: it is not."""
 
-    def admit(self, shape_BTD: tuple[int, ...], position: int) -> None:
-        """Check a batch and charge its activations. Raises ContextTooLong, OutOfMemory. (On the loop.)"""
+    def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
+        """Check a batch and charge its activations. Raises ContextTooLong, OutOfMemory. (On the loop.)
+
+        Where they do not fit, those of batch `seq` are computed a second time in backward instead of kept.
+        """
         batch, time, hidden = shape_BTD
         if time > self._model.context_length:
             raise ContextTooLong(f"{time} tokens are more than the model's context of {self._model.context_length}")
-        inner = getattr(self._model.checkpoint.config, "intermediate_size", 4 * hidden)
-        # What autograd keeps of a block: about ten tensors of the hidden and four of the inner width.
-        per_token = (10 * hidden + 4 * inner) * self._model.shard.dtype.itemsize
-        self._ledger.charge("activations", self._owner, batch * time * per_token * len(self.span))
+        inner = getattr(self._model.checkpoint.config, "intermediate_size", None) or 4 * hidden
+        sizes = (batch * time, hidden, inner, len(self.span), self._model.shard.dtype.itemsize)
+        # What is done with is given back here, with the next batch's charge.
+        others = sum(self._charged.values())
+        try:
+            self._charge(seq, others, kept_bytes(*sizes))
+        except OutOfMemory as error:
+            self._charge(seq, others, recomputed_bytes(*sizes))
+            self._recomputed.add(seq)
+            if not self.reason:
+                self.reason = f"activations are computed twice: {error.cause}"
+                log.warning("activations_recomputed", owner=self._owner, reason=self.reason)
+
+    def _charge(self, seq: int, others: int, size: int) -> None:
+        self._ledger.charge("activations", self._owner, others + size)
+        self._charged[seq] = size
+
+    def precision(self) -> AbstractContextManager[object]:
+        """What a forward pass runs in."""
+        return torch.autocast(self._model.shard.device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     def forward(self, seq: int, hidden_BTD: torch.Tensor, *, input_grad: bool) -> torch.Tensor:
         """Run the blocks and keep the graph. `input_grad`: whether backward must return the input's gradient."""
@@ -66,31 +102,56 @@ class AdapterStage:
                 f"{_MAX_IN_FLIGHT} batches wait for their gradients", "send gradients before more batches"
             )
         hidden = hidden_BTD.detach().requires_grad_(input_grad)
-        with torch.enable_grad():
+        self._recompute.on = seq in self._recomputed
+        with torch.enable_grad(), self.precision():
             output = self._view.forward(hidden)
         self._in_flight[seq] = (hidden, output)
         return output.detach()
 
     def backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor | None:
-        """Accumulate gradients of batch `seq`; the gradient of its input if it was asked for."""
-        kept = self._in_flight.pop(seq, None)
+        """Accumulate gradients of batch `seq`; the gradient of its input if it was asked for.
+
+        Batches come back in the order they came in: a sum of gradients depends on it by its last bits.
+        """
+        kept = self._in_flight.get(seq)
         if kept is None or kept[1].shape != grad_BTD.shape:
             raise ProtocolError(f"a gradient for batch {seq}, which does not wait for one of that shape")
+        if next(iter(self._in_flight)) != seq:
+            raise ProtocolError(f"a gradient for batch {seq} before those of the batches before it")
+        self.drop(seq)
         hidden, output = kept
-        torch.autograd.backward(output, grad_BTD)
+        torch.autograd.backward(output, grad_BTD.to(output.dtype))
         return hidden.grad
 
-    def step(self, lr: float) -> None:
-        """One AdamW step on the accumulated gradients, which are then cleared."""
+    def drop(self, seq: int) -> None:
+        """Forget a batch without its gradient: it has none that is finite, or never got this far."""
+        self._in_flight.pop(seq, None)
+        self._charged.pop(seq, None)
+        self._recomputed.discard(seq)
+
+    def squared_norm(self) -> float:
+        """Of the accumulated gradient; NaN or infinity if it is not finite. Summed in double, tensor by tensor."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+        return float(norms.double().square().sum())
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """One AdamW step on the accumulated gradients times `scale`, which are then cleared."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
         self._optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Drop the accumulated gradients; parameters and moments stay."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def reset(self, values: Mapping[str, NDArray[np.float32]]) -> None:
         """Start over from these parameters: gradients and kept graphs go, moments stay."""
-        self._in_flight.clear()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget()
+        self.skip()
         set_values(self.parameters, values)
 
     def values(self) -> Parameters:
@@ -118,6 +179,11 @@ class AdapterStage:
                     "exp_avg_sq": torch.from_numpy(arrays[f"v/{key}"].copy()).to(parameter.device),
                 }
 
-    def close(self) -> None:
+    def _forget(self) -> None:
+        for seq in list(self._charged):
+            self.drop(seq)
         self._in_flight.clear()
+
+    def close(self) -> None:
+        self._forget()
         self._ledger.release(self._owner)

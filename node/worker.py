@@ -114,7 +114,12 @@ class Worker:
     def _progress_message(self, job_id: str) -> pb.TrainProgress:
         p = self._progress
         return pb.TrainProgress(
-            job_id=job_id, round=p.round, inner_step=p.inner_step, loss=p.loss, tokens_per_s=p.tokens_per_s
+            job_id=job_id,
+            round=p.round,
+            inner_step=p.inner_step,
+            loss=p.loss,
+            tokens_per_s=p.tokens_per_s,
+            skipped_steps=p.skipped_steps,
         )
 
     async def _assign(self, new: pb.Assignment | None) -> None:
@@ -305,8 +310,8 @@ class StageSession:
         self._member = member
         self._assignment = assignment
 
-    def admit(self, shape_BTD: tuple[int, ...], position: int) -> None:
-        self._member.stage.admit(shape_BTD, position)
+    def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
+        self._member.stage.admit(seq, shape_BTD)
 
     def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
         return self._member.stage.forward(seq, hidden_BTD, input_grad=True)
@@ -316,8 +321,17 @@ class StageSession:
         assert grad is not None  # input_grad was asked for in forward
         return grad
 
-    def step(self, lr: float) -> None:
-        self._member.stage.step(lr)
+    def drop(self, seq: int) -> None:
+        self._member.stage.drop(seq)
+
+    def squared_norm(self) -> float:
+        return self._member.stage.squared_norm()
+
+    def step(self, lr: float, scale: float) -> None:
+        self._member.stage.step(lr, scale)
+
+    def skip(self) -> None:
+        self._member.stage.skip()
 
     async def begin_round(self, round: int) -> None:
         await self._member.prepare(round)
@@ -330,6 +344,7 @@ class StageSession:
             inner_steps=message.inner_steps,
             tokens=message.tokens,
             lease_id=message.lease_id,
+            skipped_steps=message.skipped_steps,
         )
         self._worker.settle_later(self._member, work)
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from swarm.errors import ConfigError
 from swarm.ids import NAME_PATTERN
 
-ActivationEncoding = Literal["int8", "bfloat16", "float16", "float32"]
+ActivationEncoding = Literal["int8", "int4", "bfloat16", "float16", "float32"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class Settings(BaseModel):
@@ -47,6 +48,10 @@ class Schedule(Settings):
     inner_steps: Annotated[int, Field(ge=1, le=100_000)] = 20
     """H: local optimizer steps between two synchronizations."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Batches an optimizer step; its loss is the mean over all their labelled tokens."""
+    microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    """Parts of a batch that are in a pipeline at once."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
     """Tokens a sample may have; longer ones are cut on the left of the prompt, never silently: they are counted."""
     seed: int = 0
@@ -54,6 +59,17 @@ class Schedule(Settings):
     """A round starts once this many pipelines can be formed."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 1800.0
     """A round freezes with what it has once this time has passed."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step."""
+        return self.batch_size * self.accumulate
+
+    @model_validator(mode="after")
+    def _microbatches_fit(self) -> Schedule:
+        if self.microbatches != "auto" and self.microbatches > self.batch_size:
+            raise ValueError("microbatches is more than batch_size: a microbatch has at least one sample")
+        return self
 
 
 class InnerSettings(Settings):
@@ -65,6 +81,8 @@ class InnerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up over the first inner steps of the job."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of a step's gradient, over the adapters of all blocks together; unset: any."""
 
 
 class OuterSettings(Settings):
@@ -110,6 +128,9 @@ class JobSpec(Settings):
     downlink: CodecSettings = CodecSettings(density=0.125, decay=1.0)
     activations: ActivationEncoding = "int8"
     """How activations and their gradients cross the links between the nodes of a pipeline."""
+    precision: Precision = "auto"
+    """What blocks and head compute in: the dtype each node holds its weights in, or bfloat16 by autocast. Adapters,
+    their gradients and the optimizer are float32 always."""
 
     @field_validator("name")
     @classmethod

@@ -5,8 +5,8 @@ Keys are "<block>/<path of the linear within its block>.lora_A" and ".lora_B"; A
 a counter-based generator keyed by (seed, key), so every node and the coordinator draw the same
 numbers; B starts at zero, so the adapted model starts equal to the base model.
 
-Training injects PEFT's modules into a view of its own (`attach`); serving adds `LoraPart`s to a view
-that others share (`parts`), in PEFT's order of operations.
+Training injects PEFT's modules into a view of its own (`attach`) and sums their products in place
+(`swarm.adapters.fused`); serving adds `LoraPart`s to a view that others share (`parts`), in PEFT's order of operations.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from swarm.adapters.fused import fuse
 from swarm.config import LoraMethod
 from swarm.errors import UnsupportedModel
 from swarm.ids import Span, param_key, seed_from
@@ -131,6 +132,7 @@ def attach(model: nn.Module, layers: str, span: Span, method: LoraMethod) -> dic
                 index, rest = name[len(layers) + 1 : -len(mark)].split(".", 1)
                 parameter.data = parameter.data.to(torch.float32)
                 found[param_key(int(index) + span.start, rest + short)] = parameter
+    fuse(model, _ADAPTER)
     return found
 
 

@@ -78,7 +78,7 @@ class GradientChains:
             if attempt:
                 chain, seq, _ = self.forward(step)
             try:
-                found = self._loop.call(partial(chain.backward, seq, grad_BTD, step=False, lr=0.0))
+                found = self._loop.call(partial(chain.backward, seq, grad_BTD))
             except NetworkError as error:
                 self.drop(chain)
                 failure = error

@@ -208,9 +208,12 @@ class View:
         self._hidden_size = int(config.hidden_size)
         self._given: torch.Tensor | None = None
         self._taken: torch.Tensor | None = None
-        blocks = cast(nn.ModuleList, model.get_submodule(parts.layers))
-        blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        blocks[-1].register_forward_hook(self._leave)
+        self.blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.blocks[-1].register_forward_hook(self._leave)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.model.get_submodule(self.parts.layers))
 
     @cached_property
     def width(self) -> int:

@@ -80,6 +80,14 @@ class StepExtras:
 _NO_EXTRAS = StepExtras()
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What came back for something that was sent."""
+
+    tensor: torch.Tensor | None = None
+    squared_norm: float = 0.0
+
+
 def error_to_proto(error: SwarmError) -> common_pb2.Error:
     return common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix, blame=error.blame)
 
@@ -110,7 +118,7 @@ class Chain:
         self._device = device
         self._timeout_s = timeout_s
         self._seq = 0
-        self._waiting: dict[tuple[str, int], asyncio.Future[torch.Tensor | None]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[_Answer]] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._failure: SwarmError | None = None
         self._failed = asyncio.Event()
@@ -146,7 +154,7 @@ class Chain:
         terms = terms or SessionTerms()
         session_id = terms.session_id or uuid.uuid4().hex
         message = pb.Open(
-            hello=hello(model_hash, ("push",)),
+            hello=hello(model_hash, ("push",) if training is None else ("push", "step-frames")),
             session_id=session_id,
             mode=mode,
             hops=[hop_to_proto(hop) for hop in hops],
@@ -196,9 +204,19 @@ class Chain:
     ) -> tuple[int, torch.Tensor]:
         """Push hidden states through all hops. Returns the step's number (for `backward`) and the output."""
         seq, frame, payload = self._step(hidden_BTD, position, extras)
-        output = await self._exchange("forward", seq, self._inputs, frame, payload)
-        assert output is not None
+        output = (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
+        if output is None:
+            raise ProtocolError("a hop answered without hidden states")
         return seq, output
+
+    async def train_forward(self, hidden_BTD: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
+        """`forward` of a microbatch in training. None, both ways: there were no finite numbers."""
+        if hidden_BTD is None:
+            self._seq += 1
+            seq, frame, payload = self._seq, pb.Frame(forward=pb.Forward(seq=self._seq, void=True)), b""
+        else:
+            seq, frame, payload = self._step(hidden_BTD, 0, _NO_EXTRAS)
+        return seq, (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
 
     async def push(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> None:
         """Send a step that nobody answers (`tail` 0): a prompt's chunk, a refill. Failures show at the next one."""
@@ -227,17 +245,35 @@ class Chain:
         )
         return self._seq, pb.Frame(forward=message), payload
 
-    async def backward(self, seq: int, grad_BTD: torch.Tensor, *, step: bool, lr: float) -> torch.Tensor:
-        """Send the gradient of step `seq`'s output; returns that of its input.
-
-        step: whether every hop takes an optimizer step (at learning rate `lr`) after accumulating it.
-        """
-        meta, payload = pack(grad_BTD, self._encoding)
-        frame = pb.Frame(backward=pb.Backward(seq=seq, tensor=meta, step=step, lr=lr))
-        assert self._outputs is not None
-        grad = await self._exchange("backward", seq, self._outputs, frame, payload)
-        assert grad is not None
+    async def backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
+        """Send the gradient of step `seq`'s output; returns that of its input."""
+        grad, _ = await self.train_backward(seq, grad_BTD)
+        if grad is None:
+            raise ProtocolError("a hop answered without a gradient")
         return grad
+
+    async def train_backward(
+        self, seq: int, grad_BTD: torch.Tensor | None, last: bool = False
+    ) -> tuple[torch.Tensor | None, float]:
+        """The gradient of a microbatch's input. None, both ways: there were no finite numbers.
+
+        last: of the optimizer step; then the squared norm of all hops' accumulated gradients comes back too.
+        """
+        message, payload = pb.Backward(seq=seq, last=last), b""
+        if grad_BTD is None:
+            message.void = True
+        else:
+            meta, payload = pack(grad_BTD, self._encoding)
+            message.tensor.CopyFrom(meta)
+        assert self._outputs is not None
+        answer = await self._exchange("backward", seq, self._outputs, pb.Frame(backward=message), payload)
+        return answer.tensor, answer.squared_norm
+
+    async def step(self, lr: float, scale: float, *, skip: bool) -> None:
+        """Let every hop take an optimizer step with what it has accumulated, or skip it. Nobody answers."""
+        if self._failure is not None:
+            raise self._failure
+        await self._inputs.send(pb.Frame(step=pb.Step(lr=lr, scale=scale, skip=skip)))
 
     async def begin_round(self, round: int) -> None:
         """Return once every hop holds the parameters that `round` starts from."""
@@ -269,10 +305,10 @@ class Chain:
 
     async def _exchange(
         self, kind: str, number: int, stream: FrameStream[pb.Frame], frame: pb.Frame, payload: bytes = b""
-    ) -> torch.Tensor | None:
+    ) -> _Answer:
         if self._failure is not None:
             raise self._failure
-        answer: asyncio.Future[torch.Tensor | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting[(kind, number)] = answer
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -304,13 +340,17 @@ class Chain:
 
     def _take(self, frame: pb.Frame, payload: bytes) -> None:
         kind = frame.WhichOneof("kind")
-        value: torch.Tensor | None = None
+        value = _Answer()
         if kind == "forward":
             number = frame.forward.seq
-            value = unpack(frame.forward.tensor, payload, self._dtype, self._device)
+            if not frame.forward.void:
+                value = _Answer(unpack(frame.forward.tensor, payload, self._dtype, self._device))
         elif kind == "backward":
             number = frame.backward.seq
-            value = unpack(frame.backward.tensor, payload, self._dtype, self._device)
+            grad = None
+            if not frame.backward.void:
+                grad = unpack(frame.backward.tensor, payload, self._dtype, self._device)
+            value = _Answer(grad, frame.backward.squared_norm)
         elif kind == "begin_round":
             number = frame.begin_round.round
         elif kind == "end_round":
@@ -318,6 +358,8 @@ class Chain:
         elif kind == "draining":
             self.draining.add(frame.draining.peer_id)
             return
+        elif kind == "step":
+            return  # it has passed every hop; nobody waits for it
         elif kind == "error":
             raise error_from_proto(frame.error)
         elif kind == "close":

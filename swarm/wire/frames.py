@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -21,6 +22,7 @@ from swarm.errors import FrameTooLarge, PeerLost, ProtocolError
 _LENGTHS = struct.Struct(">II")
 MAX_HEADER_BYTES = 256 * 1024
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
+_DISCARD_BYTES = 1024 * 1024
 
 M = TypeVar("M", bound=Message)
 
@@ -88,6 +90,12 @@ class FrameStream(Generic[M]):
             return self._kind.FromString(data), payload
         except DecodeError as error:
             raise ProtocolError(f"{self.peer or 'the peer'} sent a frame header that does not parse") from error
+
+    async def discard(self) -> None:
+        """Read and forget what still comes, until the other side closes. Not while a frame is being received."""
+        with suppress(ConnectionError):
+            while await self._reader.read(_DISCARD_BYTES):
+                pass
 
     def close(self) -> None:
         """Close both directions; the other side reads a clean end."""

@@ -6,9 +6,14 @@ In: a float tensor [..., hidden]. Out: a `TensorMeta` and its payload, in the en
     int8                         per 64 values of the last dimension one fp32 scale (absmax / 127),
                                  all scales first, then the rounded values; a last dimension that 64
                                  does not divide has one scale a row
+    int4                         of each row (the last dimension) the four largest values apart, as
+                                 bfloat16; of the rest per 32 values (or a row) the least one and the
+                                 step, bfloat16; a value is least + code x step, two codes a byte. In
+                                 order: positions (int32) and values of the large ones, all least
+                                 values, all steps, the codes, the first of two in the low half
 
 A few hidden dimensions are tens of times larger than the rest; with one scale a row they would leave
-the others a handful of levels, which shifts the loss (docs/experiments.md).
+the others a handful of levels, which shifts the loss; at 4 bits they would even among 32 (docs/experiments.md).
 
 Decoding checks every size against what was announced and refuses values that are not finite, so
 that a faulty node is caught at its own door.
@@ -25,18 +30,24 @@ from swarm.wire.v1 import common_pb2 as pb
 
 _PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_RANK = 4
-_GROUP = 64
+_GROUP = {"int8": 64, "int4": 32}
+_STEPS = 15.0
+_APART = 4
 
 
 def pack(tensor: torch.Tensor, encoding: str) -> tuple[pb.TensorMeta, bytes]:
     """Encode a float tensor of any device. Raises ProtocolError for an unknown encoding."""
     meta = pb.TensorMeta(shape=list(tensor.shape), encoding=encoding)
     if encoding == "int8":
-        values = tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, _group_size(tensor.shape[-1]))
+        values = (
+            tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, _group_size("int8", tensor.shape[-1]))
+        )
         scale = values.abs().amax(dim=-1, keepdim=True).div_(127.0)
         # A group of zeros has scale 0: divide by 1 instead, its codes are 0 all the same.
         codes = (values / torch.where(scale == 0, 1.0, scale)).round_().to(torch.int8)
         return meta, scale.numpy().tobytes() + codes.numpy().tobytes()
+    if encoding == "int4":
+        return meta, _pack_int4(tensor)
     dtype = _PLAIN.get(encoding)
     if dtype is None:
         raise ProtocolError(f"unknown tensor encoding '{encoding}'")
@@ -51,7 +62,10 @@ def payload_size(meta: pb.TensorMeta) -> int:
         raise ProtocolError(f"tensor shape {list(shape)} is not allowed")
     count = math.prod(shape)
     if meta.encoding == "int8":
-        return count + 4 * (count // _group_size(shape[-1]))
+        return count + 4 * (count // _group_size("int8", shape[-1]))
+    if meta.encoding == "int4":
+        rows = count // shape[-1]
+        return 6 * rows * _apart(shape[-1]) + 4 * (count // _group_size("int4", shape[-1])) + (count + 1) // 2
     dtype = _PLAIN.get(meta.encoding)
     if dtype is None:
         raise ProtocolError(f"unknown tensor encoding '{meta.encoding[:32]}'")
@@ -70,18 +84,65 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
     # A bytearray gives torch writable memory of its own; a view of `bytes` would be read-only.
     buffer = bytearray(payload)
     if meta.encoding == "int8":
-        groups = math.prod(shape) // _group_size(shape[-1])
+        groups = math.prod(shape) // _group_size("int8", shape[-1])
         scale = torch.frombuffer(buffer, dtype=torch.float32, count=groups).unsqueeze(1)
         codes = torch.frombuffer(buffer, dtype=torch.int8, offset=4 * groups).reshape(groups, -1)
         values = (codes.to(torch.float32) * scale).reshape(shape)
+    elif meta.encoding == "int4":
+        values = _unpack_int4(buffer, shape)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
-    # Both extremes are NaN if any value is. (One pass; `isfinite` takes five, twenty times as long.)
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+    if not is_finite(values):
         raise ProtocolError("activations contain NaN or infinity", "route around the node that sent them")
     return values.to(device=device, dtype=dtype)
 
 
-def _group_size(width: int) -> int:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is. (One pass; `isfinite` takes five, twenty times as long.)"""
+    # Both extremes are NaN if any value is.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def _pack_int4(tensor: torch.Tensor) -> bytes:
+    width = tensor.shape[-1]
+    values = tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, width)
+    # NaN and infinity are the largest of their row: they arrive as they are, and are refused there.
+    places = values.abs().topk(_apart(width), dim=-1).indices
+    large = values.gather(1, places).to(torch.bfloat16)
+    groups = values.scatter(1, places, 0.0).reshape(-1, _group_size("int4", width))
+    least, most = torch.aminmax(groups, dim=-1, keepdim=True)
+    # Rounded first: codes are chosen for the numbers that the other side will compute with.
+    least = least.to(torch.bfloat16)
+    step = ((most - least.float()) / _STEPS).to(torch.bfloat16)
+    divisor = torch.where(step == 0, 1.0, step.float())
+    codes = ((groups - least.float()) / divisor).round_().clamp_(0, _STEPS).to(torch.uint8).flatten()
+    if len(codes) % 2:
+        codes = torch.cat((codes, codes.new_zeros(1)))
+    halves = codes[0::2] | (codes[1::2] << 4)
+    parts = (places.to(torch.int32), large, least, step, halves)
+    return b"".join(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts)
+
+
+def _unpack_int4(buffer: bytearray, shape: tuple[int, ...]) -> torch.Tensor:
+    """Raises ProtocolError for a position beyond the row."""
+    count, width, size = math.prod(shape), shape[-1], _group_size("int4", shape[-1])
+    apart, groups = count // width * _apart(width), count // size
+    places = torch.frombuffer(buffer, dtype=torch.int32, count=apart).view(-1, _apart(width)).long()
+    if not 0 <= int(places.min()) <= int(places.max()) < width:
+        raise ProtocolError("activations name a place beyond their row", "route around the node that sent them")
+    numbers = torch.frombuffer(buffer, dtype=torch.bfloat16, offset=4 * apart, count=apart + 2 * groups).float()
+    large, least, step = numbers[:apart], numbers[apart : apart + groups], numbers[apart + groups :]
+    halves = torch.frombuffer(buffer, dtype=torch.uint8, offset=6 * apart + 4 * groups)
+    codes = torch.stack((halves & 15, halves >> 4), dim=1).flatten()[:count].view(groups, size).float()
+    values = torch.addcmul(least.unsqueeze(1), codes, step.unsqueeze(1)).reshape(-1, width)
+    return values.scatter_(1, places, large.view(places.shape)).reshape(shape)
+
+
+def _apart(width: int) -> int:
+    """How many values of a row travel apart from the others."""
+    return min(_APART, width)
+
+
+def _group_size(encoding: str, width: int) -> int:
     """How many values of the last dimension share a scale."""
-    return _GROUP if width % _GROUP == 0 else width
+    return _GROUP[encoding] if width % _GROUP[encoding] == 0 else width

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from node.lead import label_loss
+from node.loss import label_loss
 from node.main import pick_device, pick_dtype
 from node.memory import Ledger, default_budget
 from node.serving import NodeModel

@@ -25,47 +25,49 @@ _sym_db = _symbol_database.Default()
 from swarm.wire.v1 import common_pb2 as swarm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14swarm/v1/chain.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"\xcf\x03\n\x05\x46rame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.OpenH\x00\x12\"\n\x06opened\x18\x02 \x01(\x0b\x32\x10.swarm.v1.OpenedH\x00\x12\"\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x10.swarm.v1.AttachH\x00\x12$\n\x07\x66orward\x18\x04 \x01(\x0b\x32\x11.swarm.v1.ForwardH\x00\x12&\n\x08\x62\x61\x63kward\x18\x05 \x01(\x0b\x32\x12.swarm.v1.BackwardH\x00\x12+\n\x0b\x62\x65gin_round\x18\x06 \x01(\x0b\x32\x14.swarm.v1.BeginRoundH\x00\x12\'\n\tend_round\x18\x07 \x01(\x0b\x32\x12.swarm.v1.EndRoundH\x00\x12 \n\x05\x65rror\x18\x08 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x12 \n\x05\x63lose\x18\t \x01(\x0b\x32\x0f.swarm.v1.CloseH\x00\x12\"\n\x06queued\x18\n \x01(\x0b\x32\x10.swarm.v1.QueuedH\x00\x12\"\n\x06refill\x18\x0b \x01(\x0b\x32\x10.swarm.v1.RefillH\x00\x12&\n\x08\x64raining\x18\x0c \x01(\x0b\x32\x12.swarm.v1.DrainingH\x00\x42\x06\n\x04kind\"\xcd\x02\n\x04Open\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\x0f.swarm.v1.Hello\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x1c\n\x04mode\x18\x03 \x01(\x0e\x32\x0e.swarm.v1.Mode\x12\x1b\n\x04hops\x18\x04 \x03(\x0b\x32\r.swarm.v1.Hop\x12\r\n\x05index\x18\x05 \x01(\r\x12%\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x14.swarm.v1.AdapterRef\x12\x1b\n\x13\x61\x63tivation_encoding\x18\x07 \x01(\t\x12\x0e\n\x06job_id\x18\x08 \x01(\t\x12\x13\n\x0bpipeline_id\x18\t \x01(\r\x12\x12\n\ngeneration\x18\n \x01(\r\x12\x0e\n\x06opener\x18\x0b \x01(\t\x12\x0c\n\x04rows\x18\x0c \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\r \x01(\r\x12\x13\n\x0b\x61\x64mission_s\x18\x0e \x01(\x01\">\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x13.swarm.v1.FileEntry\"*\n\x06Opened\x12 \n\x04hops\x18\x01 \x03(\x0b\x32\x12.swarm.v1.HopState\"-\n\x08HopState\x12\x0c\n\x04held\x18\x01 \x01(\r\x12\x13\n\x0blogged_from\x18\x02 \x01(\r\"*\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x06Refill\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"\x1b\n\x08\x44raining\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\"<\n\x06\x41ttach\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\x0f.swarm.v1.Hello\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xbd\x01\n\x07\x46orward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x06tensor\x18\x03 \x01(\x0b\x32\x14.swarm.v1.TensorMeta\x12\x0f\n\x07lengths\x18\x04 \x03(\r\x12\x0c\n\x04rows\x18\x05 \x03(\r\x12\x0c\n\x04mask\x18\x06 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x07 \x03(\r\x12\x11\n\x04tail\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06refill\x18\t \x01(\rB\x07\n\x05_tail\"W\n\x08\x42\x61\x63kward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12$\n\x06tensor\x18\x02 \x01(\x0b\x32\x14.swarm.v1.TensorMeta\x12\x0c\n\x04step\x18\x03 \x01(\x08\x12\n\n\x02lr\x18\x04 \x01(\x01\"\x1b\n\nBeginRound\x12\r\n\x05round\x18\x01 \x01(\r\"P\n\x08\x45ndRound\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0binner_steps\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x10\n\x08lease_id\x18\x04 \x01(\x04\"\x07\n\x05\x43lose\"#\n\rHealthRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"r\n\x0bHealthReply\x12\x11\n\tcompleted\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\r\n\x05known\x18\x03 \x01(\x08\x12\x10\n\x08received\x18\x04 \x01(\x04\x12\x0c\n\x04sent\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"i\n\x0bHealthFrame\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x17.swarm.v1.HealthRequestH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.swarm.v1.HealthReplyH\x00\x42\x06\n\x04kind*`\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_CACHED\x10\x01\x12\x12\n\x0eMODE_STATELESS\x10\x02\x12\x0e\n\nMODE_TRAIN\x10\x03\x12\r\n\tMODE_GRAD\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14swarm/v1/chain.proto\x12\x08swarm.v1\x1a\x15swarm/v1/common.proto\"\xef\x03\n\x05\x46rame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.swarm.v1.OpenH\x00\x12\"\n\x06opened\x18\x02 \x01(\x0b\x32\x10.swarm.v1.OpenedH\x00\x12\"\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x10.swarm.v1.AttachH\x00\x12$\n\x07\x66orward\x18\x04 \x01(\x0b\x32\x11.swarm.v1.ForwardH\x00\x12&\n\x08\x62\x61\x63kward\x18\x05 \x01(\x0b\x32\x12.swarm.v1.BackwardH\x00\x12+\n\x0b\x62\x65gin_round\x18\x06 \x01(\x0b\x32\x14.swarm.v1.BeginRoundH\x00\x12\'\n\tend_round\x18\x07 \x01(\x0b\x32\x12.swarm.v1.EndRoundH\x00\x12 \n\x05\x65rror\x18\x08 \x01(\x0b\x32\x0f.swarm.v1.ErrorH\x00\x12 \n\x05\x63lose\x18\t \x01(\x0b\x32\x0f.swarm.v1.CloseH\x00\x12\"\n\x06queued\x18\n \x01(\x0b\x32\x10.swarm.v1.QueuedH\x00\x12\"\n\x06refill\x18\x0b \x01(\x0b\x32\x10.swarm.v1.RefillH\x00\x12&\n\x08\x64raining\x18\x0c \x01(\x0b\x32\x12.swarm.v1.DrainingH\x00\x12\x1e\n\x04step\x18\r \x01(\x0b\x32\x0e.swarm.v1.StepH\x00\x42\x06\n\x04kind\"\xcd\x02\n\x04Open\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\x0f.swarm.v1.Hello\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x1c\n\x04mode\x18\x03 \x01(\x0e\x32\x0e.swarm.v1.Mode\x12\x1b\n\x04hops\x18\x04 \x03(\x0b\x32\r.swarm.v1.Hop\x12\r\n\x05index\x18\x05 \x01(\r\x12%\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x14.swarm.v1.AdapterRef\x12\x1b\n\x13\x61\x63tivation_encoding\x18\x07 \x01(\t\x12\x0e\n\x06job_id\x18\x08 \x01(\t\x12\x13\n\x0bpipeline_id\x18\t \x01(\r\x12\x12\n\ngeneration\x18\n \x01(\r\x12\x0e\n\x06opener\x18\x0b \x01(\t\x12\x0c\n\x04rows\x18\x0c \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\r \x01(\r\x12\x13\n\x0b\x61\x64mission_s\x18\x0e \x01(\x01\">\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x13.swarm.v1.FileEntry\"*\n\x06Opened\x12 \n\x04hops\x18\x01 \x03(\x0b\x32\x12.swarm.v1.HopState\"-\n\x08HopState\x12\x0c\n\x04held\x18\x01 \x01(\r\x12\x13\n\x0blogged_from\x18\x02 \x01(\r\"*\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x06Refill\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"\x1b\n\x08\x44raining\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\"<\n\x06\x41ttach\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\x0f.swarm.v1.Hello\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xcb\x01\n\x07\x46orward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12$\n\x06tensor\x18\x03 \x01(\x0b\x32\x14.swarm.v1.TensorMeta\x12\x0f\n\x07lengths\x18\x04 \x03(\r\x12\x0c\n\x04rows\x18\x05 \x03(\r\x12\x0c\n\x04mask\x18\x06 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x07 \x03(\r\x12\x11\n\x04tail\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06refill\x18\t \x01(\r\x12\x0c\n\x04void\x18\n \x01(\x08\x42\x07\n\x05_tail\"\x85\x01\n\x08\x42\x61\x63kward\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12$\n\x06tensor\x18\x02 \x01(\x0b\x32\x14.swarm.v1.TensorMeta\x12\x0c\n\x04void\x18\x05 \x01(\x08\x12\x0c\n\x04last\x18\x06 \x01(\x08\x12\x14\n\x0csquared_norm\x18\x07 \x01(\x01J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x04stepR\x02lr\"/\n\x04Step\x12\n\n\x02lr\x18\x01 \x01(\x01\x12\r\n\x05scale\x18\x02 \x01(\x01\x12\x0c\n\x04skip\x18\x03 \x01(\x08\"\x1b\n\nBeginRound\x12\r\n\x05round\x18\x01 \x01(\r\"g\n\x08\x45ndRound\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0binner_steps\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x10\n\x08lease_id\x18\x04 \x01(\x04\x12\x15\n\rskipped_steps\x18\x05 \x01(\r\"\x07\n\x05\x43lose\"#\n\rHealthRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"r\n\x0bHealthReply\x12\x11\n\tcompleted\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\r\n\x05known\x18\x03 \x01(\x08\x12\x10\n\x08received\x18\x04 \x01(\x04\x12\x0c\n\x04sent\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"i\n\x0bHealthFrame\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x17.swarm.v1.HealthRequestH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.swarm.v1.HealthReplyH\x00\x42\x06\n\x04kind*`\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMODE_CACHED\x10\x01\x12\x12\n\x0eMODE_STATELESS\x10\x02\x12\x0e\n\nMODE_TRAIN\x10\x03\x12\r\n\tMODE_GRAD\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarm.v1.chain_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1877
-  _globals['_MODE']._serialized_end=1973
+  _globals['_MODE']._serialized_start=2042
+  _globals['_MODE']._serialized_end=2138
   _globals['_FRAME']._serialized_start=58
-  _globals['_FRAME']._serialized_end=521
-  _globals['_OPEN']._serialized_start=524
-  _globals['_OPEN']._serialized_end=857
-  _globals['_ADAPTERREF']._serialized_start=859
-  _globals['_ADAPTERREF']._serialized_end=921
-  _globals['_OPENED']._serialized_start=923
-  _globals['_OPENED']._serialized_end=965
-  _globals['_HOPSTATE']._serialized_start=967
-  _globals['_HOPSTATE']._serialized_end=1012
-  _globals['_QUEUED']._serialized_start=1014
-  _globals['_QUEUED']._serialized_end=1056
-  _globals['_REFILL']._serialized_start=1058
-  _globals['_REFILL']._serialized_end=1123
-  _globals['_DRAINING']._serialized_start=1125
-  _globals['_DRAINING']._serialized_end=1152
-  _globals['_ATTACH']._serialized_start=1154
-  _globals['_ATTACH']._serialized_end=1214
-  _globals['_FORWARD']._serialized_start=1217
-  _globals['_FORWARD']._serialized_end=1406
-  _globals['_BACKWARD']._serialized_start=1408
-  _globals['_BACKWARD']._serialized_end=1495
-  _globals['_BEGINROUND']._serialized_start=1497
-  _globals['_BEGINROUND']._serialized_end=1524
-  _globals['_ENDROUND']._serialized_start=1526
-  _globals['_ENDROUND']._serialized_end=1606
-  _globals['_CLOSE']._serialized_start=1608
-  _globals['_CLOSE']._serialized_end=1615
-  _globals['_HEALTHREQUEST']._serialized_start=1617
-  _globals['_HEALTHREQUEST']._serialized_end=1652
-  _globals['_HEALTHREPLY']._serialized_start=1654
-  _globals['_HEALTHREPLY']._serialized_end=1768
-  _globals['_HEALTHFRAME']._serialized_start=1770
-  _globals['_HEALTHFRAME']._serialized_end=1875
+  _globals['_FRAME']._serialized_end=553
+  _globals['_OPEN']._serialized_start=556
+  _globals['_OPEN']._serialized_end=889
+  _globals['_ADAPTERREF']._serialized_start=891
+  _globals['_ADAPTERREF']._serialized_end=953
+  _globals['_OPENED']._serialized_start=955
+  _globals['_OPENED']._serialized_end=997
+  _globals['_HOPSTATE']._serialized_start=999
+  _globals['_HOPSTATE']._serialized_end=1044
+  _globals['_QUEUED']._serialized_start=1046
+  _globals['_QUEUED']._serialized_end=1088
+  _globals['_REFILL']._serialized_start=1090
+  _globals['_REFILL']._serialized_end=1155
+  _globals['_DRAINING']._serialized_start=1157
+  _globals['_DRAINING']._serialized_end=1184
+  _globals['_ATTACH']._serialized_start=1186
+  _globals['_ATTACH']._serialized_end=1246
+  _globals['_FORWARD']._serialized_start=1249
+  _globals['_FORWARD']._serialized_end=1452
+  _globals['_BACKWARD']._serialized_start=1455
+  _globals['_BACKWARD']._serialized_end=1588
+  _globals['_STEP']._serialized_start=1590
+  _globals['_STEP']._serialized_end=1637
+  _globals['_BEGINROUND']._serialized_start=1639
+  _globals['_BEGINROUND']._serialized_end=1666
+  _globals['_ENDROUND']._serialized_start=1668
+  _globals['_ENDROUND']._serialized_end=1771
+  _globals['_CLOSE']._serialized_start=1773
+  _globals['_CLOSE']._serialized_end=1780
+  _globals['_HEALTHREQUEST']._serialized_start=1782
+  _globals['_HEALTHREQUEST']._serialized_end=1817
+  _globals['_HEALTHREPLY']._serialized_start=1819
+  _globals['_HEALTHREPLY']._serialized_end=1933
+  _globals['_HEALTHFRAME']._serialized_start=1935
+  _globals['_HEALTHFRAME']._serialized_end=2040
 # @@protoc_insertion_point(module_scope)

@@ -71,6 +71,7 @@ class Frame(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     REFILL_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open: ...
     @_builtins.property
@@ -95,6 +96,8 @@ class Frame(_message.Message):
     def refill(self) -> Global___Refill: ...
     @_builtins.property
     def draining(self) -> Global___Draining: ...
+    @_builtins.property
+    def step(self) -> Global___Step: ...
     def __init__(
         self,
         *,
@@ -110,12 +113,13 @@ class Frame(_message.Message):
         queued: Global___Queued | None = ...,
         refill: Global___Refill | None = ...,
         draining: Global___Draining | None = ...,
+        step: Global___Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "backward", b"backward", "begin_round", b"begin_round", "close", b"close", "draining", b"draining", "end_round", b"end_round", "error", b"error", "forward", b"forward", "kind", b"kind", "open", b"open", "opened", b"opened", "queued", b"queued", "refill", b"refill", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "attach", "forward", "backward", "begin_round", "end_round", "error", "close", "queued", "refill", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "opened", "attach", "forward", "backward", "begin_round", "end_round", "error", "close", "queued", "refill", "draining", "step"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -377,6 +381,7 @@ class Forward(_message.Message):
     POSITION_IDS_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
     REFILL_FIELD_NUMBER: _builtins.int
+    VOID_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     position: _builtins.int
     """columns before these (MODE_CACHED); fewer than are cached: what follows is dropped"""
@@ -388,6 +393,8 @@ class Forward(_message.Message):
     """Index of the last hop whose cache this step refills, plus one; 0: an ordinary step. Hops behind that one
     hold these columns and take no notice of it.
     """
+    void: _builtins.bool
+    """MODE_TRAIN: there is no tensor, because it would not be finite. The optimizer step will be skipped."""
     @_builtins.property
     def tensor(self) -> _common_pb2.TensorMeta:
         """hidden states [batch, time, hidden]"""
@@ -416,10 +423,11 @@ class Forward(_message.Message):
         position_ids: _abc.Iterable[_builtins.int] | None = ...,
         tail: _builtins.int | None = ...,
         refill: _builtins.int = ...,
+        void: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "tail", b"tail", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "lengths", b"lengths", "mask", b"mask", "position", b"position", "position_ids", b"position_ids", "refill", b"refill", "rows", b"rows", "seq", b"seq", "tail", b"tail", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "lengths", b"lengths", "mask", b"mask", "position", b"position", "position_ids", b"position_ids", "refill", b"refill", "rows", b"rows", "seq", b"seq", "tail", b"tail", "tensor", b"tensor", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tail: _TypeAlias = _typing.Literal["tail"]  # noqa: Y015
     _WhichOneofArgType__tail: _TypeAlias = _typing.Literal["_tail", b"_tail"]  # noqa: Y015
@@ -433,13 +441,17 @@ class Backward(_message.Message):
 
     SEQ_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
-    LR_FIELD_NUMBER: _builtins.int
+    VOID_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    SQUARED_NORM_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """of the Forward it answers"""
-    step: _builtins.bool
-    """take an optimizer step once this gradient is accumulated"""
-    lr: _builtins.float
+    void: _builtins.bool
+    """MODE_TRAIN: no tensor, as in Forward; the graph is dropped"""
+    last: _builtins.bool
+    """MODE_TRAIN: the optimizer step's last one; on the way back it carries squared_norm"""
+    squared_norm: _builtins.float
+    """of the accumulated gradients of all hops from here on; NaN if one is not finite"""
     @_builtins.property
     def tensor(self) -> _common_pb2.TensorMeta:
         """gradient of the stage's output; on the way back, of its input"""
@@ -449,16 +461,48 @@ class Backward(_message.Message):
         *,
         seq: _builtins.int = ...,
         tensor: _common_pb2.TensorMeta | None = ...,
-        step: _builtins.bool = ...,
-        lr: _builtins.float = ...,
+        void: _builtins.bool = ...,
+        last: _builtins.bool = ...,
+        squared_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lr", b"lr", "seq", b"seq", "step", b"step", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "seq", b"seq", "squared_norm", b"squared_norm", "tensor", b"tensor", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Backward: _TypeAlias = Backward  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """Goes down the chain once the last gradient of an optimizer step came back, and comes out at Attach: every
+    hop takes the step, or drops the gradients that it accumulated for it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LR_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
+    lr: _builtins.float
+    scale: _builtins.float
+    """what gradients are multiplied by first: 1, or less where they are clipped"""
+    skip: _builtins.bool
+    """the loss or the gradient was not finite"""
+    def __init__(
+        self,
+        *,
+        lr: _builtins.float = ...,
+        scale: _builtins.float = ...,
+        skip: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lr", b"lr", "scale", b"scale", "skip", b"skip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class BeginRound(_message.Message):
@@ -491,10 +535,13 @@ class EndRound(_message.Message):
     INNER_STEPS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
+    SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     inner_steps: _builtins.int
     tokens: _builtins.int
     lease_id: _builtins.int
+    skipped_steps: _builtins.int
+    """of inner_steps: their loss or gradient was not finite"""
     def __init__(
         self,
         *,
@@ -502,10 +549,11 @@ class EndRound(_message.Message):
         inner_steps: _builtins.int = ...,
         tokens: _builtins.int = ...,
         lease_id: _builtins.int = ...,
+        skipped_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inner_steps", b"inner_steps", "lease_id", b"lease_id", "round", b"round", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inner_steps", b"inner_steps", "lease_id", b"lease_id", "round", b"round", "skipped_steps", b"skipped_steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -145,7 +145,9 @@ class TensorMeta(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
     encoding: _builtins.str
-    """"float32", "bfloat16", "float16" or "int8" (absmax per 64 values of the last dimension, fp32 scales first)"""
+    """"float32", "bfloat16", "float16", "int8" (absmax per 64 values of the last dimension, fp32 scales first)
+    or "int4" (swarm.wire.tensors)
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(

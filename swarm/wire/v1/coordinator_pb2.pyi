@@ -154,12 +154,15 @@ class TrainProgress(_message.Message):
     INNER_STEP_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     round: _builtins.int
     inner_step: _builtins.int
     loss: _builtins.float
     """of the last inner step"""
     tokens_per_s: _builtins.float
+    skipped_steps: _builtins.int
+    """of this round: their loss or gradient was not finite"""
     def __init__(
         self,
         *,
@@ -168,10 +171,11 @@ class TrainProgress(_message.Message):
         inner_step: _builtins.int = ...,
         loss: _builtins.float = ...,
         tokens_per_s: _builtins.float = ...,
+        skipped_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inner_step", b"inner_step", "job_id", b"job_id", "loss", b"loss", "round", b"round", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inner_step", b"inner_step", "job_id", b"job_id", "loss", b"loss", "round", b"round", "skipped_steps", b"skipped_steps", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,6 +422,7 @@ class ContributeRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
+    SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     round: _builtins.int
     generation: _builtins.int
@@ -430,6 +435,8 @@ class ContributeRequest(_message.Message):
     lease_id: _builtins.int
     loss: _builtins.float
     """leads: mean training loss over the round's inner steps"""
+    skipped_steps: _builtins.int
+    """of inner_steps: their loss or gradient was not finite"""
     @_builtins.property
     def span(self) -> _common_pb2.Span: ...
     def __init__(
@@ -446,10 +453,11 @@ class ContributeRequest(_message.Message):
         lease_id: _builtins.int = ...,
         span: _common_pb2.Span | None = ...,
         loss: _builtins.float | None = ...,
+        skipped_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "skipped_steps", b"skipped_steps", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

@@ -38,12 +38,60 @@ def test_int8_scales_are_per_group_so_that_an_outlier_harms_its_neighbours_only(
     assert float(error[..., 64:128].max()) < 2.0
 
 
-def test_a_row_of_zeros_stays_zero() -> None:
-    meta, payload = pack(torch.zeros(2, 3, 4), "int8")
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_a_row_of_zeros_stays_zero(encoding: str) -> None:
+    meta, payload = pack(torch.zeros(2, 3, 4), encoding)
     assert not unpack(meta, payload, torch.float32, CPU).any()
 
 
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+@given(shapes, st.integers(0, 2**31), st.sampled_from([1.0, 1e-30, 1e30]))
+def test_int4_is_within_half_a_step_and_keeps_the_largest(shape: tuple[int, ...], seed: int, factor: float) -> None:
+    shape = (*shape[:-1], 16 * shape[-1])
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * factor
+    tensor[..., 3] *= 80
+    meta, payload = pack(tensor, "int4")
+    assert len(payload) == payload_size(meta)
+    back = unpack(meta, payload, torch.float32, CPU)
+    rows, found = tensor.reshape(-1, shape[-1]), back.reshape(-1, shape[-1])
+    largest = rows.abs().topk(4, dim=-1).indices
+    assert bool(((found - rows).gather(1, largest).abs() <= rows.gather(1, largest).abs() * 2**-8).all())
+    size = 32 if shape[-1] % 32 == 0 else shape[-1]
+    rest = rows.scatter(1, largest, 0.0).reshape(-1, size)
+    error = (found.scatter(1, largest, 0.0).reshape(-1, size) - rest).abs()
+    span = rest.amax(dim=-1, keepdim=True) - rest.amin(dim=-1, keepdim=True)
+    # Half a step, and what bfloat16 takes from the least value and from fifteen steps.
+    bound = span / 15 * 0.5 + 2**-7 * (rest.abs().amax(dim=-1, keepdim=True) + span)
+    assert bool((error[rest != 0] <= bound.expand_as(rest)[rest != 0]).all())
+
+
+def test_int4_bytes() -> None:
+    meta, payload = pack(torch.randn(2, 3, 576), "int4")
+    assert len(payload) == payload_size(meta) == 6 * (4 * 6 + 576 // 32 * 4 + 576 // 2)
+    for width in (1, 3, 7):  # an odd number of codes; fewer values than travel apart
+        meta, payload = pack(torch.randn(3, width), "int4")
+        assert len(payload) == payload_size(meta)
+        assert unpack(meta, payload, torch.float32, CPU).shape == (3, width)
+
+
+@given(st.binary(min_size=44, max_size=44))
+def test_any_int4_payload_gives_finite_numbers_or_is_refused(payload: bytes) -> None:
+    meta = pb.TensorMeta(shape=[1, 32], encoding="int4")
+    assert payload_size(meta) == 4 * 6 + 4 + 16 == 44
+    try:
+        values = unpack(meta, payload, torch.float32, CPU)
+    except ProtocolError:
+        return
+    assert bool(values.isfinite().all())
+
+
+@pytest.mark.parametrize("place", [32, -1, 2**31 - 1])
+def test_an_int4_place_beyond_the_row_is_refused(place: int) -> None:
+    meta, payload = pack(torch.ones(1, 32), "int4")
+    with pytest.raises(ProtocolError, match="beyond their row"):
+        unpack(meta, place.to_bytes(4, "little", signed=True) + payload[4:], torch.float32, CPU)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(encoding: str, value: float) -> None:
     tensor = torch.ones(1, 2, 4)
@@ -59,6 +107,9 @@ def test_what_is_not_finite_is_refused(encoding: str, value: float) -> None:
         ([2, 3], "float32", 23),
         ([2, 3], "float32", 25),
         ([2, 3], "int8", 6),
+        ([2, 32], "int4", 32),
+        ([0, 32], "int4", 0),
+        ([2**31, 2**31], "int4", 16),
         ([], "float32", 4),
         ([0, 3], "float32", 0),
         ([1, 1, 1, 1, 1], "float32", 4),

@@ -1,0 +1,68 @@
+"""A job whose steps are microbatched, accumulated and clipped, on two real nodes: the same training as on one.
+
+Then a job whose every step runs away: each stage skips them, and the round is given up with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm.samples import write_sentiment_jsonl
+from tests.integration.processes import Swarm, swarm_of
+from tests.integration.test_training_exact import wait_for_job
+
+JOB = """
+name: {name}
+method: {{kind: lora, r: 4, alpha: 8}}
+data: {{train: train.jsonl}}
+schedule: {{rounds: {rounds}, inner_steps: 3, batch_size: 4, accumulate: 2, microbatches: {microbatches}, seed: 3}}
+inner: {{lr: {lr}, clip: {clip}}}
+outer: {{lr: 1.0, momentum: 0.0, nesterov: false}}
+uplink: {{kind: dense}}
+downlink: {{kind: dense}}
+activations: float32
+"""
+
+
+@pytest.fixture(scope="module")
+def swarm(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    root = tmp_path_factory.mktemp("steps")
+    write_sentiment_jsonl(root / "train.jsonl", "train", 60)
+    with swarm_of(root, smollm2, {"half-a": "0:12", "half-b": "12:30"}, coordinator=True) as started:
+        yield started
+
+
+def submit(swarm: Swarm, name: str, **settings: object) -> None:
+    path = swarm.root / f"{name}.yaml"
+    path.write_text(JOB.format(name=name, **settings))
+    swarm.run_json("job", "submit", str(path))
+
+
+def test_how_a_step_is_cut_changes_nothing(swarm: Swarm) -> None:
+    losses = {}
+    for name, microbatches in (("whole", 1), ("cut", 4)):
+        submit(swarm, name, rounds=1, microbatches=microbatches, lr="1.0e-3", clip=0.5)
+        wait_for_job(swarm, name)
+        (lead,) = [p for p in swarm.processes if p.name == "half-a"]
+        steps = [e for e in lead.log_events() if e.get("event") == "inner_step" and e.get("job") == name]
+        assert [e["skipped_steps"] for e in steps] == [0, 0, 0]
+        losses[name] = [(e["loss"], e["norm"]) for e in steps]
+    for (loss, norm), (other_loss, other_norm) in zip(losses["whole"], losses["cut"], strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-3)
+        assert norm == pytest.approx(other_norm, rel=1e-2)
+    assert any(norm > 0.5 for _, norm in losses["whole"])
+
+
+def test_a_round_whose_every_step_is_skipped_is_abandoned(swarm: Swarm) -> None:
+    # One step at this rate, and every later forward pass overflows; what the round sends is still finite.
+    submit(swarm, "runaway", rounds=2, microbatches=2, lr="1.0e+25", clip=1.0)
+    lead, second = (next(p for p in swarm.processes if p.name == name) for name in ("half-a", "half-b"))
+    lead.wait_log("inner_step_skipped", job="runaway", round=1, step="3/3", skipped_steps=2)
+    lead.wait_log("inner_step_skipped", job="runaway", round=2, step="3/3", skipped_steps=3)
+    failed = lead.wait_log("round_failed", job="runaway", round=2)
+    assert failed["error"].startswith("SW603 all 3 inner steps of round 2 were skipped")
+    # Nobody was blamed: what is not finite was never sent.
+    assert not [e for process in (lead, second) for e in process.log_events() if e.get("event") == "chain_failed"]

@@ -1,0 +1,62 @@
+"""Fused LoRA layers compute what PEFT's do, up to rounding, and step aside where they cannot."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from swarm.adapters.fused import fuse
+
+
+def layer_of(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(24, 40, bias=bias)).to(dtype).requires_grad_(False)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model, adapter_name="default")
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn_like(parameter.data, dtype=torch.float32)
+    return model
+
+
+def results(model: nn.Module, x: torch.Tensor, input_grad: bool = True) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_(input_grad)
+    y = model(x)
+    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "y": y.detach(), **({"x": x.grad} if x.grad is not None else {})}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_outputs_and_gradients_are_pefts(bias: bool, shape: tuple[int, ...], input_grad: bool) -> None:
+    plain, fused = layer_of(bias=bias), layer_of(bias=bias)
+    fuse(fused, "default")
+    x = torch.randn(shape)
+    expected, found = results(plain, x, input_grad), results(fused, x, input_grad)
+    assert found.keys() == expected.keys()
+    assert ("x" in found) == input_grad
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
+    assert "Fused" in fused(x).grad_fn.name()
+
+
+def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:
+    plain, fused = layer_of(), layer_of()
+    fuse(fused, "default")
+    x = torch.randn(3, 24)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(x), plain(x))
+
+
+def test_weights_of_another_dtype_keep_pefts_layer() -> None:
+    plain, fused = layer_of(dtype=torch.bfloat16), layer_of(dtype=torch.bfloat16)
+    fuse(fused, "default")
+    x = torch.randn(3, 24, dtype=torch.bfloat16)
+    expected, found = results(plain, x), results(fused, x)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

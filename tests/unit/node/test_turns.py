@@ -1,0 +1,55 @@
+"""1F1B: what a stage runs, in which order, and how many graphs it keeps."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.turns import Turns, auto_microbatches, order, window
+
+
+def shown(microbatches: int, window: int) -> str:
+    return " ".join(f"{kind[0].upper()}{number}" for kind, number in order(microbatches, window))
+
+
+def test_the_order_by_distance_from_the_loss() -> None:
+    # Two nodes: the lead, the second node, and the head on the lead as the third stage.
+    assert shown(4, window(2, 0)) == "F0 F1 F2 B0 F3 B1 B2 B3"
+    assert shown(4, window(2, 1)) == "F0 F1 B0 F2 B1 F3 B2 B3"
+    assert shown(4, window(1, 0)) == "F0 B0 F1 B1 F2 B2 F3 B3"
+    assert shown(2, window(5, 0)) == "F0 F1 B0 B1"
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_each_pass_once_in_order_with_bounded_graphs(microbatches: int, nodes: int, data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, nodes - 1))
+    most = window(nodes, index)
+    held, seen = 0, {"forward": 0, "backward": 0}
+    for kind, number in order(microbatches, most):
+        assert number == seen[kind]
+        seen[kind] += 1
+        held += 1 if kind == "forward" else -1
+        assert 0 <= held <= most
+    assert seen == {"forward": microbatches, "backward": microbatches}
+    passes = [kind for kind, _ in order(microbatches, most)]
+    warm_up = min(most, microbatches)
+    steady = 2 * (microbatches - warm_up)
+    assert passes[:warm_up] == ["forward"] * warm_up
+    assert passes[warm_up : warm_up + steady] == ["backward", "forward"] * (microbatches - warm_up)
+    assert set(passes[warm_up + steady :]) == {"backward"}
+
+
+def test_a_pass_out_of_turn_is_refused() -> None:
+    turns = Turns(1).forward()
+    assert not turns.may_forward()
+    with pytest.raises(ValueError, match="wait for their gradients"):
+        turns.forward()
+    with pytest.raises(ValueError, match="no microbatch"):
+        turns.backward().backward()
+    with pytest.raises(ValueError, match="no node 2"):
+        window(2, 2)
+
+
+def test_how_many_microbatches_a_job_has_by_default() -> None:
+    assert [auto_microbatches(nodes, 8) for nodes in (1, 2, 3, 8)] == [1, 4, 6, 8]
