@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from coordinator import joblog
 from coordinator.background import Background
 from coordinator.blobs import Blobs
 from coordinator.leases import Book, Lease
@@ -24,35 +25,38 @@ from coordinator.placement import Placement
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
 from coordinator.results import JobResults
-from coordinator.round_model import (
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
     CommitNow,
     Contribution,
-    Effect,
     Event,
-    FormPipelines,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    Effect,
+    FormPipelines,
+    JobState,
     OpenNext,
     Phase,
     Pipeline,
     Record,
     Reply,
-    Resume,
+    Rewound,
     RoundsState,
+    SettingsAdopted,
     Standing,
-    Tick,
 )
 from coordinator.rounds import advance, recover, refusal
 from coordinator.signal import Signal
 from coordinator.storage import Storage
-from swarm.config import JobSpec
+from swarm.config import JobSpec, job_from_json
 from swarm.errors import ContributionError, CoordinatorLost, JobConflict, StorageError
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -119,6 +123,8 @@ class JobDriver:
         self._book = book
         self._shared = shared
         self._neighbours = neighbours
+        self._told: set[tuple[int, int, str, Answer]] = set()
+        """Refusals of the open round's members that are in the log."""
         self._lock = asyncio.Lock()
         self._background = Background(shared.clock, shared.settings.retry_s, self._notify)
         self._forming = False
@@ -138,7 +144,12 @@ class JobDriver:
 
     @property
     def committed_round(self) -> int:
-        return self._state.round if self._state.phase is Phase.COMMITTED else self._state.round - 1
+        return self._state.committed
+
+    @property
+    def kept_rounds(self) -> list[int]:
+        """Committed rounds whose results are still here."""
+        return sorted(round for round in self.published if round <= self.committed_round)
 
     def assignment_of(self, peer: str) -> Pipeline | None:
         """The pipeline that a node belongs to in the current round."""
@@ -188,11 +199,16 @@ class JobDriver:
         event = Abandoned(self._now(), round, pipeline_id, why)
         await self._background.uncancelled(self._apply(event))
 
-    async def resume(self) -> None:
-        """Raises JobConflict unless the job is paused."""
-        if self._state.job is not JobState.PAUSED:
-            raise JobConflict(f"job {self.job.name} is {self._state.job}, not paused", "see `swarm job list`")
-        await self._background.uncancelled(self._apply(Resume()))
+    async def decide(self, event: Event) -> None:
+        """One step, whether or not who asked for it waits for its end."""
+        await self._background.uncancelled(self._apply(event))
+
+    def outcome_of(self, round: int) -> Outcome:
+        """What is kept of a committed round. Raises JobConflict."""
+        if round not in self.kept_rounds:
+            kept = ", ".join(str(number) for number in self.kept_rounds)
+            raise JobConflict(f"round {round} of job {self.job.name} is not kept", f"these rounds are: {kept}")
+        return self.published[round]
 
     def node_lost(self, peer: str, reason: str) -> None:
         event = NodeLost(self._now(), peer, reason)
@@ -231,10 +247,12 @@ class JobDriver:
             raise CoordinatorLost("the coordinator is stopping", "try again when it is back")
         if not self._doubtful:
             return
-        stored, self._book = await asyncio.to_thread(self.ledger.load, self._state.rules)
+        stored = await asyncio.to_thread(self.ledger.load)
+        self._book = stored.book
         self._doubtful = False
-        if stored != replace(self._state, deadline_s=None):
-            self._resume_from(stored)
+        if stored.state != replace(self._state, deadline_s=None):
+            self._take_settings(stored.spec_json)
+            self._resume_from(stored.state)
 
     def _resume_from(self, stored: RoundsState) -> None:
         state, effects = recover(stored, self._now())
@@ -243,6 +261,9 @@ class JobDriver:
     def _publish(self, state: RoundsState, effects: tuple[Effect, ...]) -> None:
         """Make a durable state the visible one, then act on it."""
         freed = self._state.busy_peers() - state.busy_peers()
+        ended = state.job is JobState.FINISHED and state.phase is Phase.OPEN
+        if state.round != self._state.round:
+            self._told.clear()
         self._state = state
         self._background.set_alarm(state.deadline_s, self._at_deadline)
         for effect in effects:
@@ -255,11 +276,22 @@ class JobDriver:
                     self._background.insist("committing", partial(self._commit, round))
                 case OpenNext():
                     self._background.insist("opening the next round", self._open_next)
+                case SettingsAdopted(spec_json):
+                    self._take_settings(spec_json)
+                case Rewound(round):
+                    for discarded in [number for number in self.published if number > round]:
+                        del self.published[discarded]
                 case _:
                     pass
         self._notify()
         if freed:
             self._neighbours.nodes_freed(self.job.job_id)
+        if ended:
+            self._background.insist("making room", self._neighbours.collect)
+
+    def _take_settings(self, spec_json: str) -> None:
+        self.job = replace(self.job, spec_json=spec_json)
+        self.spec = job_from_json(spec_json)
 
     def _notify(self) -> None:
         self.changed.notify()
@@ -318,9 +350,26 @@ class JobDriver:
             return submission.receipt
         if reply.answer is Answer.DUPLICATE:
             return await self.stored_receipt(event.round, event.peer, event.payload) or b""
+        self._tell(event, reply)
         if reply.answer is Answer.CONFLICT:
             log.warning("contribution_conflict", job=self.job.name, round=event.round, peer=event.peer)
         return self.ledger.receipt(event.round, event.peer, _VERDICTS[reply.answer], reply.reason, event.payload)
+
+    def _tell(self, event: Contribution, reply: Reply) -> None:
+        """Put a refusal into the job's log: one of each kind for each member of a pipeline, so that it is bounded."""
+        pipeline = self._state.pipeline(event.pipeline_id) if event.round == self._state.round else None
+        key = (event.round, event.pipeline_id, event.peer, reply.answer)
+        if pipeline is None or not pipeline.has(event.peer) or key in self._told:
+            return
+        self._told.add(key)
+        line = joblog.refused(event.round, event.peer, event.pipeline_id, reply.answer, reply.reason)
+
+        async def store() -> None:
+            async with self._lock:
+                await asyncio.to_thread(self.ledger.log_refused, line)
+            self.changed.notify()
+
+        self._background.insist("writing the job's log", store)
 
     async def stored_receipt(self, round: int, peer: str, payload: bytes | None = None) -> bytes | None:
         """The newest receipt of a node in a round, or that of one payload."""

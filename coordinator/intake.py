@@ -15,7 +15,8 @@ from coordinator.driver import JobDriver
 from coordinator.ports import Clock, CoordinatorSettings
 from coordinator.records import ContributionRecord
 from coordinator.results import shapes_of_member
-from coordinator.round_model import Contribution, Pipeline
+from coordinator.round_events import Contribution
+from coordinator.round_model import Pipeline
 from coordinator.rounds import refusal
 from swarm.compress import FrameContext, max_frame_bytes
 from swarm.errors import CodecError, CorruptData

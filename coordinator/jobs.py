@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import structlog
 
+from coordinator.changes import rules_of
 from coordinator.driver import JobDriver, Shared
 from coordinator.ledger import JobLedger
 from coordinator.nodes import Nodes
 from coordinator.placement import Member, Placement, form_pipelines
 from coordinator.records import JobRecord
 from coordinator.results import JobResults
-from coordinator.round_model import JobState, Phase, RoundsState, Rules
+from coordinator.round_model import JobState, RoundsState
 from coordinator.rounds import begin
 from swarm.config import JobSpec, job_from_json
 from swarm.errors import ConfigError, JobConflict, JobNotFound, ModelMismatch, StorageError
@@ -119,7 +120,7 @@ class Jobs:
             samples=samples,
             trainable_parameters=trainable,
         )
-        state, _ = begin(self._rules(spec))
+        state, _ = begin(rules_of(spec, shared.settings.fruitless_generations))
         await asyncio.to_thread(self._store_new, job, spec, shapes, state)
         driver = await asyncio.to_thread(self._load, job, spec)
         self._drivers[job.job_id] = driver
@@ -153,8 +154,8 @@ class Jobs:
     def _load(self, job: JobRecord, spec: JobSpec) -> JobDriver:
         shared = self._shared
         ledger = self._ledger(job, spec)
-        state, book = ledger.load(self._rules(spec))
-        committed = state.round if state.phase is Phase.COMMITTED else state.round - 1
+        stored = ledger.load()
+        committed = stored.state.committed
         kept = range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)
         outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
         return JobDriver(
@@ -162,9 +163,10 @@ class Jobs:
             spec,
             JobResults(job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs),
             ledger,
-            state,
-            book,
-            {round: outcome for round, outcome in outcomes.items() if outcome is not None},
+            stored.state,
+            stored.book,
+            # After a rewind, older rounds than the kept ones are known but no longer here.
+            {r: o for r, o in outcomes.items() if o is not None and shared.blobs.size(o.snapshot_blob) is not None},
             shared,
             self,
         )
@@ -172,15 +174,7 @@ class Jobs:
     def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
         shared = self._shared
         positions = spec.schedule.inner_steps * spec.schedule.batch_size
-        return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock)
-
-    def _rules(self, spec: JobSpec) -> Rules:
-        return Rules(
-            rounds=spec.schedule.rounds,
-            round_deadline_s=spec.schedule.round_deadline_s,
-            min_pipelines=spec.schedule.min_pipelines,
-            fruitless_generations=self._shared.settings.fruitless_generations,
-        )
+        return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock, shared.settings)
 
     # --- sharing the nodes --------------------------------------------------------------------
 

@@ -101,6 +101,22 @@ class RoundSummary:
 
 
 @dataclass(frozen=True)
+class LogLine:
+    """One line of a job's log. `seq` counts up from 1 and, like the time, is given when it is stored."""
+
+    kind: str
+    round: int
+    text: str
+    peer: str = ""
+    pipeline_id: int | None = None
+    loss: float | None = None
+    tokens: int = 0
+    size: int = 0
+    seq: int = 0
+    unix_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class JobTotals:
     contribution_bytes: int
     accepted_pipeline_rounds: int

@@ -1,15 +1,15 @@
-"""What one job's rounds are made of: state, events and effects. Frozen values, no behaviour beyond lookup.
+"""What one job's rounds are made of: state and effects. Frozen values, no behaviour beyond lookup.
 
-`coordinator.rounds` says what they mean and how they follow from one another; `storage` keeps
-the records; the driver turns events into effects.
+`round_events` has what may happen; `rounds` and `control` say how effects follow from it;
+`storage` keeps the records; the driver turns events into effects.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from coordinator.placement import Member, PipelinePlan
+from coordinator.placement import Member
 
 
 class JobState(StrEnum):
@@ -53,6 +53,29 @@ class Rules:
     fruitless_generations: int
 
 
+@dataclass(frozen=True)
+class Settings:
+    """A job file as it was changed while the job ran: what rounds take from it, and the whole of it."""
+
+    rules: Rules
+    spec_json: str
+    text: str = field(default="", compare=False)
+    """What changed, for the log; not kept beside it."""
+
+
+class OrderKind(StrEnum):
+    PAUSE = "pause"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the owner wants done as soon as the open round is closed."""
+
+    kind: OrderKind
+    reason: str
+
+
 @dataclass(frozen=True, order=True)
 class Held:
     """A durably stored contribution, by the hash of its payload."""
@@ -81,7 +104,11 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class RoundsState:
-    """`deadline_s` is monotonic and is not part of what is stored."""
+    """`deadline_s` is monotonic and is not part of what is stored.
+
+    Generations count up within a round, from `lineage` on: the highest generation of any round that
+    was ever discarded, so that (round, generation) names one forming for good.
+    """
 
     rules: Rules
     job: JobState
@@ -92,6 +119,15 @@ class RoundsState:
     fruitless: int
     pipelines: tuple[Pipeline, ...]
     deadline_s: float | None = None
+    order: Order | None = None
+    next: Settings | None = None
+    """Takes effect when pipelines are next formed."""
+    lineage: int = 0
+
+    @property
+    def committed(self) -> int:
+        """The newest committed round."""
+        return self.round if self.phase is Phase.COMMITTED else self.round - 1
 
     def pipeline(self, pipeline_id: int) -> Pipeline | None:
         return next((p for p in self.pipelines if p.pipeline_id == pipeline_id), None)
@@ -107,86 +143,13 @@ class RoundsState:
         return frozenset(member.peer for pipeline in counting for member in pipeline.members)
 
 
-# --- events: what happened; `now_s` is monotonic ---------------------------------------------
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A placement of the idle nodes; `missing` says what one more pipeline would need."""
-
-    now_s: float
-    plans: tuple[PipelinePlan, ...]
-    missing: str
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """A payload that was checked on its own (hash, shapes, finite values)."""
-
-    now_s: float
-    round: int
-    generation: int
-    pipeline_id: int
-    peer: str
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class NodeLost:
-    now_s: float
-    peer: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Abandoned:
-    """A member says that its pipeline cannot go on."""
-
-    now_s: float
-    round: int
-    pipeline_id: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed; only the deadline looks at it."""
-
-    now_s: float
-
-
-@dataclass(frozen=True)
-class AggregateDone:
-    round: int
-
-
-@dataclass(frozen=True)
-class CommitNow:
-    round: int
-
-
-@dataclass(frozen=True)
-class NextRound:
-    """Open the round after a committed one, with a placement as in `Offer`."""
-
-    now_s: float
-    plans: tuple[PipelinePlan, ...]
-    missing: str
-
-
-@dataclass(frozen=True)
-class Resume:
-    pass
-
-
-Event = Offer | Contribution | NodeLost | Abandoned | Tick | AggregateDone | CommitNow | NextRound | Resume
-
 # --- effects: records (durable), then actions -------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RoundOpened:
     round: int
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -241,6 +204,30 @@ class JobChanged:
     state: JobState
     reason: str
     fruitless: int
+    order: Order | None = None
+
+
+@dataclass(frozen=True)
+class SettingsStored:
+    """They wait until pipelines are next formed; `text` says what changed."""
+
+    spec_json: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SettingsAdopted:
+    spec_json: str
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """Every round after `round` is discarded: its results, its pipelines and its leases."""
+
+    round: int
+    lineage: int
+    discarded: int
+    """How many committed rounds."""
 
 
 Record = (
@@ -252,6 +239,9 @@ Record = (
     | RoundAggregated
     | RoundCommitted
     | JobChanged
+    | SettingsStored
+    | SettingsAdopted
+    | Rewound
 )
 
 

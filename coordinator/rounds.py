@@ -10,50 +10,54 @@ A round goes OPEN → FROZEN → AGGREGATED → COMMITTED and never back. Its pi
 that is not lost is whole and at least one is, or at its deadline with what is whole. Without a
 whole pipeline by then, or with all of them lost, the next generation is formed in the same
 round; after `fruitless_generations` in a row without one contribution the job pauses.
-A member whose contribution is held may leave: its part of the work is done.
+A member whose contribution is held may leave: its part of the work is done. What an owner asks
+for in between is in `control`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from coordinator.round_model import (
+from coordinator.control import change, ordered, resumed, rewound
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
+    Change,
     CommitNow,
     Contribution,
-    ContributionHeld,
-    Effect,
     Event,
-    FormPipelines,
-    Held,
-    JobChanged,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Pause,
+    Resume,
+    Rewind,
+    Stop,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    ContributionHeld,
+    Effect,
+    FormPipelines,
+    Held,
+    JobState,
     OpenNext,
     Phase,
     Pipeline,
-    PipelineLost,
     PipelinesFormed,
     Reply,
-    Resume,
     RoundAggregated,
     RoundCommitted,
-    RoundFrozen,
     RoundOpened,
     RoundsState,
     Rules,
     Standing,
     Step,
-    Tick,
 )
-
-FORMING = "pipelines are being formed"
+from coordinator.round_steps import FORMING, adopt, changed, finish, freeze, lose, obey, settle, swap
 
 
 def begin(rules: Rules) -> Step:
@@ -103,10 +107,14 @@ def advance(state: RoundsState, event: Event) -> Step:
             return _committed(state, event)
         case NextRound():
             return _next_round(state, event)
+        case Pause() | Stop():
+            return ordered(state, event)
         case Resume():
-            if state.job is not JobState.PAUSED:
-                return state, ()
-            return _waiting(replace(state, fruitless=0), FORMING)
+            return resumed(state, event)
+        case Rewind():
+            return rewound(state, event)
+        case Change():
+            return change(state, event)
 
 
 def refusal(state: RoundsState, event: Contribution) -> Reply | None:
@@ -133,11 +141,6 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     return None
 
 
-def _waiting(state: RoundsState, reason: str) -> Step:
-    after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
-    return after, (JobChanged(after.job, reason, after.fruitless), FormPipelines())
-
-
 def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
     if state.job is not JobState.WAITING or state.phase is not Phase.OPEN:
         return state, ()
@@ -148,7 +151,7 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
             reason = f"{len(event.plans)} of at least {wanted} pipelines can be formed: {event.missing}"
         if reason == state.reason:
             return state, ()
-        return replace(state, reason=reason), (JobChanged(state.job, reason, state.fruitless),)
+        return replace(state, reason=reason), (changed(replace(state, reason=reason)),)
     generation = state.generation + 1
     first = len(state.pipelines)
     formed = tuple(Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans))
@@ -162,7 +165,7 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
     )
     return after, (
         PipelinesFormed(state.round, generation, formed),
-        JobChanged(after.job, "", after.fruitless),
+        changed(after),
     )
 
 
@@ -176,11 +179,11 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
     together = tuple(sorted((*pipeline.held, held)))
     whole = len(together) == len(pipeline.members)
     standing = Standing.WHOLE if whole else Standing.ACTIVE
-    after = _swap(replace(state, fruitless=0), replace(pipeline, held=together, standing=standing))
+    after = swap(replace(state, fruitless=0), replace(pipeline, held=together, standing=standing))
     records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole),)
     if state.fruitless:
-        records += (JobChanged(after.job, after.reason, 0),)
-    after, effects = _settle(after)
+        records += (changed(after),)
+    after, effects = settle(after)
     return after, (*records, Reply(Answer.HELD), *effects)
 
 
@@ -192,7 +195,7 @@ def _node_lost(state: RoundsState, event: NodeLost) -> Step:
         for pipeline in state.with_standing(Standing.ACTIVE)
         if pipeline.has(event.peer) and pipeline.payload_of(event.peer) is None
     ]
-    return _lose(state, broken, event.reason)
+    return _lost(state, broken, event.reason)
 
 
 def _abandoned(state: RoundsState, event: Abandoned) -> Step:
@@ -204,97 +207,56 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
         or pipeline.standing is not Standing.ACTIVE
     ):
         return state, ()
-    return _lose(state, [event.pipeline_id], event.reason)
+    return _lost(state, [event.pipeline_id], event.reason)
 
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
     if state.phase is not Phase.OPEN or state.deadline_s is None or event.now_s < state.deadline_s:
         return state, ()
     if state.with_standing(Standing.WHOLE):
-        return _freeze(state)
+        return freeze(state)
     active = [pipeline.pipeline_id for pipeline in state.with_standing(Standing.ACTIVE)]
-    return _lose(state, active, f"not whole within {state.rules.round_deadline_s:g} s")
+    return _lost(state, active, f"not whole within {state.rules.round_deadline_s:g} s")
 
 
-def _lose(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
+def _lost(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
     if not pipeline_ids:
         return state, ()
-    records: list[Effect] = []
-    for pipeline_id in pipeline_ids:
-        pipeline = state.pipeline(pipeline_id)
-        assert pipeline is not None, "ids come from the state"
-        state = _swap(state, replace(pipeline, standing=Standing.LOST, reason=reason))
-        records.append(PipelineLost(state.round, pipeline_id, reason))
-    state, effects = _settle(state)
+    state, records = lose(state, pipeline_ids, reason)
+    state, effects = settle(state)
     return state, (*records, *effects)
-
-
-def _settle(state: RoundsState) -> Step:
-    """After a pipeline became whole or was lost: freeze, form again, pause, or go on as before."""
-    if state.with_standing(Standing.ACTIVE):
-        return state, ()
-    if state.with_standing(Standing.WHOLE):
-        return _freeze(state)
-    generation = [p for p in state.pipelines if p.generation == state.generation]
-    reason = generation[-1].reason
-    fruitless = 0 if any(p.held for p in generation) else state.fruitless + 1
-    state = replace(state, fruitless=fruitless)
-    if fruitless >= state.rules.fruitless_generations:
-        reason = (
-            f"round {state.round} brought no contribution in {fruitless} attempts, the last one: {reason};"
-            " see to the nodes, then resume the job"
-        )
-        after = replace(state, job=JobState.PAUSED, reason=reason, deadline_s=None)
-        return after, (JobChanged(after.job, reason, fruitless),)
-    return _waiting(state, f"pipelines are being formed again: {reason}")
-
-
-def _freeze(state: RoundsState) -> Step:
-    accepted = state.with_standing(Standing.WHOLE)
-    late = state.with_standing(Standing.ACTIVE)
-    for pipeline in late:
-        state = _swap(
-            state,
-            replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
-        )
-    state = replace(state, phase=Phase.FROZEN, deadline_s=None)
-    frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
-    return state, (frozen, Aggregate(state.round))
 
 
 def _committed(state: RoundsState, event: CommitNow) -> Step:
     if state.phase is not Phase.AGGREGATED or event.round != state.round:
         return state, ()
     accepted = tuple(p.pipeline_id for p in state.with_standing(Standing.WHOLE))
-    after = replace(state, phase=Phase.COMMITTED)
-    record = RoundCommitted(event.round, accepted)
-    if event.round < state.rules.rounds:
-        return after, (record, OpenNext(event.round + 1))
-    after = replace(after, job=JobState.FINISHED, reason="")
-    return after, (record, JobChanged(after.job, "", after.fruitless))
+    after, adopted = adopt(replace(state, phase=Phase.COMMITTED))
+    if event.round >= after.rules.rounds:
+        after, effects = finish(after)
+    elif after.order is not None:
+        after, effects = obey(after)
+    else:
+        effects = (OpenNext(event.round + 1),)
+    return after, (RoundCommitted(event.round, accepted), *adopted, *effects)
 
 
 def _next_round(state: RoundsState, event: NextRound) -> Step:
-    if state.phase is not Phase.COMMITTED or state.job is JobState.FINISHED:
+    if state.phase is not Phase.COMMITTED or state.job in (JobState.FINISHED, JobState.PAUSED):
         return state, ()
+    if state.round >= state.rules.rounds:
+        return finish(state)
     opened = replace(
         state,
         job=JobState.WAITING,
         reason=FORMING,
         round=state.round + 1,
         phase=Phase.OPEN,
-        generation=0,
+        generation=state.lineage,
         pipelines=(),
         deadline_s=None,
     )
     after, effects = _offered(opened, event)
     if after.job is JobState.RUNNING:
-        return after, (RoundOpened(opened.round), *effects)
-    return after, (RoundOpened(opened.round), JobChanged(after.job, after.reason, after.fruitless))
-
-
-def _swap(state: RoundsState, pipeline: Pipeline) -> RoundsState:
-    return replace(
-        state,
-        pipelines=tuple(pipeline if p.pipeline_id == pipeline.pipeline_id else p for p in state.pipelines),
-    )
+        return after, (RoundOpened(opened.round, opened.generation), *effects)
+    return after, (RoundOpened(opened.round, opened.generation), changed(after))

@@ -17,7 +17,9 @@ from coordinator.driver import JobDriver, Shared
 from coordinator.intake import Intake
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
+from coordinator.owner import Owner
 from coordinator.records import NodeRecord
+from coordinator.round_model import JobState
 from coordinator.signal import wait_until
 from swarm.errors import ContributionError, FrameTooLarge, InputError, ResourceError, SpanError
 from swarm.ids import Span
@@ -30,6 +32,7 @@ _MAX_HISTORY = 1000
 _MAX_LISTED = 500
 _LISTED_HISTORY = 10
 _MAX_ADAPTERS = 100
+_MAX_LINES = 500
 """Replies stay below the 8 MiB of a message: lists show the newest, a single job shows more rounds."""
 _FINAL = frozenset({pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED, pb.VERDICT_LATE, pb.VERDICT_REJECTED})
 
@@ -160,14 +163,51 @@ class CoordinatorService:
         return pb.ListJobsReply(jobs=[await self._status(d, _LISTED_HISTORY) for d in newest], nodes=nodes)
 
     async def get_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
-        """Raises JobNotFound."""
-        return await self._status(self._jobs.find(request.job))
-
-    async def resume_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
-        """Raises JobNotFound, JobConflict: not paused."""
+        """Raises JobNotFound, JobConflict: the adapter of that round is not kept."""
         driver = self._jobs.find(request.job)
-        await driver.resume()
+        wanted = request.adapter_round if request.HasField("adapter_round") else None
+        return await self._status(driver, adapter_round=wanted)
+
+    async def pause_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).pause()
         return await self._status(driver)
+
+    async def stop_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).stop()
+        return await self._status(driver)
+
+    async def resume_job(self, caller: str, request: pb.ResumeJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict, StorageError, CorruptData."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).resume(request.round if request.HasField("round") else None)
+        return await self._status(driver)
+
+    async def change_job(self, caller: str, request: pb.ChangeJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict, ConfigError."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).change(dict(request.settings))
+        return await self._status(driver)
+
+    async def job_log(self, caller: str, request: pb.JobLogRequest) -> pb.JobLogReply:
+        """Lines after `after`, at once if there are any. Raises JobNotFound."""
+        driver = self._jobs.find(request.job)
+        storage, job_id = self._shared.storage, driver.job.job_id
+
+        async def newer() -> pb.JobLogReply | None:
+            # Asked before the lines are read: a job that ends in between is seen by the next call.
+            ended = driver.state.job is JobState.FINISHED
+            lines = await asyncio.to_thread(storage.log, job_id, request.after, _MAX_LINES)
+            if not lines and not ended:
+                return None
+            finished = ended and len(lines) < _MAX_LINES
+            return pb.JobLogReply(lines=[views.log_line(line) for line in lines], finished=finished)
+
+        reply = await wait_until(newer, driver.changed, self._wait_s(request.wait_s), self._shared.clock)
+        return reply or pb.JobLogReply()
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -209,11 +249,17 @@ class CoordinatorService:
             reply.update.CopyFrom(views.outer_update(kept, driver.published[kept]))
         return reply
 
-    async def _status(self, driver: JobDriver, rounds: int = _MAX_HISTORY) -> pb.JobStatus:
+    async def _status(
+        self, driver: JobDriver, rounds: int = _MAX_HISTORY, adapter_round: int | None = None
+    ) -> pb.JobStatus:
+        if adapter_round is None:
+            adapter_round = driver.committed_round
+        else:
+            driver.outcome_of(adapter_round)
         storage, job_id = self._shared.storage, driver.job.job_id
         history = await asyncio.to_thread(storage.history, job_id, rounds)
         totals = await asyncio.to_thread(storage.totals, job_id)
-        return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix())
+        return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix(), adapter_round)
 
     def _note(self, caller: str, request: pb.PollRequest) -> None:
         """Keep what a node says of itself; progress only of a job it leads, so that it is bounded."""

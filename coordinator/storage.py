@@ -22,11 +22,12 @@ from coordinator.records import (
     JobRecord,
     JobTotals,
     LogEntry,
+    LogLine,
     NodeRecord,
     Outcome,
     RoundSummary,
 )
-from coordinator.round_model import Held, JobState, Phase, Pipeline, RoundsState, Rules, Standing
+from coordinator.round_model import Held, JobState, Order, OrderKind, Phase, Pipeline, RoundsState, Rules, Standing
 from swarm.ids import Span
 
 _CONTRIBUTION = (
@@ -87,22 +88,44 @@ class Storage:
             *(job.dataset, job.dataset_size, job.samples, job.trainable_parameters, state.value, reason),
         )
 
-    def set_job(self, job_id: str, state: JobState, reason: str, fruitless: int) -> None:
+    def set_job(self, job_id: str, state: JobState, reason: str, fruitless: int, order: Order | None = None) -> None:
         self._db.write(
-            "UPDATE job SET state = ?, reason = ?, fruitless = ? WHERE job_id = ?",
-            *(state.value, reason, fruitless, job_id),
+            "UPDATE job SET state = ?, reason = ?, fruitless = ?, order_kind = ?, order_reason = ? WHERE job_id = ?",
+            *(state.value, reason, fruitless),
+            *((order.kind.value, order.reason) if order else ("", "")),
+            job_id,
         )
+
+    def set_next_spec(self, job_id: str, spec_json: str) -> None:
+        self._db.write("UPDATE job SET next_spec_json = ? WHERE job_id = ?", spec_json, job_id)
+
+    def set_spec(self, job_id: str, spec_json: str) -> None:
+        """The settings in force; none wait any more."""
+        self._db.write("UPDATE job SET spec_json = ?, next_spec_json = NULL WHERE job_id = ?", spec_json, job_id)
+
+    def specs(self, job_id: str) -> tuple[str, str | None]:
+        """The settings in force, and those that wait."""
+        ((spec_json, next_spec_json, state),) = self._read(
+            "SELECT spec_json, next_spec_json, state FROM job WHERE job_id = ?", job_id
+        )
+        return spec_json, None if state == JobState.FINISHED else next_spec_json
 
     # --- rounds -------------------------------------------------------------------------------
 
     def rounds_state(self, job_id: str, rules: Rules) -> RoundsState:
         """The job's newest round, as it was made durable; without a deadline."""
-        ((job, reason, fruitless),) = self._read("SELECT state, reason, fruitless FROM job WHERE job_id = ?", job_id)
+        ((job, reason, fruitless, lineage, kind, why),) = self._read(
+            "SELECT state, reason, fruitless, lineage, order_kind, order_reason FROM job WHERE job_id = ?", job_id
+        )
         ((number, phase, generation),) = self._read(
             "SELECT round, phase, generation FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
         )
         pipelines = self.pipelines(job_id, number)
-        return RoundsState(rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines)
+        return RoundsState(
+            *(rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines),
+            order=Order(OrderKind(kind), why) if kind else None,
+            lineage=lineage,
+        )
 
     def pipelines(self, job_id: str, round: int) -> tuple[Pipeline, ...]:
         members: dict[int, list[Member]] = {}
@@ -127,11 +150,31 @@ class Storage:
             )
         )
 
-    def insert_round(self, job_id: str, round: int, phase: Phase, opened_unix_s: float) -> None:
+    def insert_round(self, job_id: str, round: int, phase: Phase, opened_unix_s: float, generation: int = 0) -> None:
         self._db.write(
-            "INSERT INTO round (job_id, round, phase, opened_unix_s) VALUES (?, ?, ?, ?)",
-            *(job_id, round, phase.value, opened_unix_s),
+            "INSERT INTO round (job_id, round, phase, opened_unix_s, generation) VALUES (?, ?, ?, ?, ?)",
+            *(job_id, round, phase.value, opened_unix_s, generation),
         )
+
+    def generations_after(self, job_id: str, round: int) -> int:
+        """The highest generation of any later round."""
+        ((highest,),) = self._read(
+            "SELECT coalesce(max(generation), 0) FROM round WHERE job_id = ? AND round > ?", job_id, round
+        )
+        return int(highest)
+
+    def discard_after(self, job_id: str, round: int, lineage: int) -> None:
+        """Remove every later round with all that belongs to it."""
+        for table in ("adapter_file", "outcome_block", "outcome"):
+            self._db.write(f"DELETE FROM {table} WHERE job_id = ? AND round > ?", job_id, round)
+        self._db.write(
+            "DELETE FROM lease_range WHERE job_id = ?1 AND lease_id IN"
+            " (SELECT lease_id FROM lease WHERE job_id = ?1 AND round > ?2)",
+            *(job_id, round),
+        )
+        for table in ("lease", "contribution", "member", "pipeline", "round"):
+            self._db.write(f"DELETE FROM {table} WHERE job_id = ? AND round > ?", job_id, round)
+        self._db.write("UPDATE job SET lineage = ? WHERE job_id = ?", lineage, job_id)
 
     def set_phase(self, job_id: str, round: int, phase: Phase) -> None:
         self._db.write("UPDATE round SET phase = ? WHERE job_id = ? AND round = ?", phase.value, job_id, round)
@@ -289,8 +332,12 @@ class Storage:
         )
         return LogEntry(*found[0]) if found else None
 
-    def history(self, job_id: str, newest: int) -> list[RoundSummary]:
-        """The newest rounds, oldest first. Tokens and loss are those of leads that count."""
+    def newest_round(self, job_id: str) -> int:
+        ((newest,),) = self._read("SELECT max(round) FROM round WHERE job_id = ?", job_id)
+        return int(newest)
+
+    def history(self, job_id: str, newest: int, since: int = 1) -> list[RoundSummary]:
+        """The newest rounds from `since` on, oldest first. Tokens and loss are those of leads that count."""
         rows = self._read(
             "SELECT r.round, r.phase, r.opened_unix_s, r.committed_unix_s,"
             " (SELECT count(*) FROM pipeline p WHERE p.job_id = r.job_id AND p.round = r.round"
@@ -302,11 +349,32 @@ class Storage:
             " FROM round r"
             " LEFT JOIN contribution c ON c.job_id = r.job_id AND c.round = r.round"
             " LEFT JOIN outcome o ON o.job_id = r.job_id AND o.round = r.round"
-            " WHERE r.job_id = ? AND r.round > 0"
+            " WHERE r.job_id = ? AND r.round >= ?"
             " GROUP BY r.round ORDER BY r.round DESC LIMIT ?",
-            *(job_id, newest),
+            *(job_id, since, newest),
         )
         return [RoundSummary(*row) for row in reversed(rows)]
+
+    def append_log(self, job_id: str, lines: Iterable[LogLine], unix_s: float, kept: int) -> None:
+        """Number the lines, and drop the oldest beyond `kept`."""
+        ((last,),) = self._read("SELECT coalesce(max(seq), 0) FROM event WHERE job_id = ?", job_id)
+        rows = [
+            (job_id, seq, unix_s, x.kind, x.round, x.text, x.peer, x.pipeline_id, x.loss, x.tokens, x.size)
+            for seq, x in enumerate(lines, start=last + 1)
+        ]
+        self._db.write_many("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._db.write("DELETE FROM event WHERE job_id = ? AND seq <= ?", job_id, last + len(rows) - kept)
+
+    def log(self, job_id: str, after: int, most: int) -> list[LogLine]:
+        """Lines with a higher number than `after`, oldest first."""
+        return [
+            LogLine(*row)
+            for row in self._read(
+                "SELECT kind, round, text, peer, pipeline_id, loss, tokens, bytes, seq, unix_s FROM event"
+                " WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                *(job_id, after, most),
+            )
+        ]
 
     def totals(self, job_id: str) -> JobTotals:
         ((contribution_bytes,),) = self._read(
@@ -322,7 +390,8 @@ class Storage:
     def referenced_blobs(self, kept_rounds: int) -> set[bytes]:
         """Every blob that a job still needs, or that its nodes may still ask for.
 
-        Payloads and outer states go back one committed round: the newest state can be made again.
+        Payloads go back one committed round, so that the newest outer state can be made again; outer
+        states at least that far, since a job may be rewound to any kept round.
         """
         return {
             sha256
@@ -332,7 +401,7 @@ class Storage:
                 " UNION SELECT payload FROM contribution JOIN newest USING (job_id)"
                 "  WHERE contribution.round >= newest.round"
                 " UNION SELECT state_blob FROM outcome JOIN newest USING (job_id)"
-                "  WHERE outcome.round >= newest.round - 1"
+                "  WHERE outcome.round >= newest.round - 1 OR outcome.round > newest.round - ?1"
                 " UNION SELECT update_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round > newest.round - ?1"
                 " UNION SELECT snapshot_blob FROM outcome JOIN newest USING (job_id)"

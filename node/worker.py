@@ -70,7 +70,7 @@ class Worker:
         self._assigned = asyncio.Condition()
         self._progress = Progress()
         self._lead_task: asyncio.Task[None] | None = None
-        self._settling: dict[str, asyncio.Task[None]] = {}
+        self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
         self._tokenizer: Any = None
         self._datasets: dict[bytes, ChatDataset] = {}
@@ -126,10 +126,11 @@ class Worker:
         if self._lead_task is not None:
             await _cancel(self._lead_task)
             self._lead_task = None
-        if new is not None and old is not None and (old.job_id, old.round) == (new.job_id, new.round):
-            # The round was formed anew: what waits for the old forming to settle would wait forever.
-            settling = self._settling.pop(new.job_id, None)
-            if settling is not None:
+        if new is not None:
+            # The round was formed anew, or discarded: what waits for the old forming would wait forever.
+            round, settling = self._settling.get(new.job_id, (0, None))
+            if settling is not None and new.round <= round:
+                del self._settling[new.job_id]
                 await _cancel(settling)
         async with self._assigned:
             self._assignment = new
@@ -157,6 +158,8 @@ class Worker:
             member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
             await member.finish_pending()
             self._members[assignment.job_id] = member
+        # An owner may change settings between rounds.
+        member.spec = job_from_json(assignment.spec_json)
         return member
 
     # ---- stage -------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ class Worker:
 
     def settle_later(self, member: JobMember, work: Work) -> None:
         """Contribute and settle a stage's round beside its chain, which may end meanwhile."""
-        self._settling[member.job_id] = asyncio.create_task(self._settle(member, work))
+        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work)))
 
     async def _settle(self, member: JobMember, work: Work) -> None:
         try:
@@ -221,7 +224,7 @@ class Worker:
     async def _lead_round(self, assignment: pb.Assignment) -> None:
         member = await self._member(assignment)
         loop = await self._lead_loop(assignment, member)
-        await member.prepare(assignment.round)
+        await member.prepare(assignment.round, assignment.base_hash, assignment.lineage)
         chain = None
         try:
             if len(assignment.hops) > 1:
@@ -292,7 +295,7 @@ class Worker:
             member.close()
 
     async def _end_all(self) -> None:
-        for task in [self._lead_task, *self._settling.values()]:
+        for task in [self._lead_task, *(task for _, task in self._settling.values())]:
             if task is not None:
                 await _cancel(task)
 
@@ -320,7 +323,7 @@ class StageSession:
         self._member.stage.step(lr)
 
     async def begin_round(self, round: int) -> None:
-        await self._member.prepare(round)
+        await self._member.prepare(round, self._assignment.base_hash, self._assignment.lineage)
 
     def end_round(self, message: chain_pb2.EndRound) -> None:
         work = Work(

@@ -63,6 +63,9 @@ def job_dict(status: pb.JobStatus) -> dict[str, Any]:
         "contribution_bytes": status.contribution_bytes,
         "ddp_bf16_bytes": status.ddp_bf16_bytes,
         "adapter_round": status.adapter_round,
+        "kept_rounds": list(status.kept_rounds),
+        "submitter": status.submitter,
+        "changes_wait": bool(status.next_spec_json),
         "history": [
             {
                 "round": r.round,
@@ -181,26 +184,14 @@ def status(
                 f" {entry.contribution_bytes} bytes up, {entry.update_bytes} bytes down, loss {entry.loss:.4f},"
                 f" {entry.tokens} tokens, {entry.seconds:.1f} s, parameters {entry.params_hash.hex()[:12]}"
             )
+        if found.kept_rounds:
+            kept = ", ".join(str(number) for number in found.kept_rounds)
+            say(f"  kept rounds, to resume from or to export: {kept}")
+        if found.next_spec_json:
+            say("  changed settings take effect when pipelines are next formed")
         if found.contribution_bytes:
             saving = found.ddp_bf16_bytes / found.contribution_bytes
             say(f"  {found.contribution_bytes} bytes contributed, {saving:.0f} times less than DDP in bfloat16")
-
-    run(main, role="client", log_level=log_level, as_json=as_json)
-
-
-@app.command("resume")
-def resume(
-    job: JobName,
-    join: Join,
-    data_dir: DataDirOption = None,
-    as_json: Json = False,
-    log_level: LogLevel = "warning",
-) -> None:
-    """Let a paused job go on from its last committed round."""
-
-    async def main() -> None:
-        found = await with_coordinator(join, data_dir, lambda client: client.resume_job(job))
-        say(json.dumps(job_dict(found)) if as_json else job_line(found))
 
     run(main, role="client", log_level=log_level, as_json=as_json)
 
@@ -210,15 +201,16 @@ def export(
     job: JobName,
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist yet.")],
     join: Join,
+    round: Annotated[int | None, typer.Option("--round", help="A kept round instead of the job's own choice.")] = None,
     data_dir: DataDirOption = None,
     as_json: Json = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Write the newest adapter of a job as PEFT's two files."""
+    """Write the adapter of a job as PEFT's two files: of its newest round, or of a kept one."""
 
     async def main() -> None:
         async def action(client: CoordinatorClient) -> tuple[pb.JobStatus, dict[str, bytes]]:
-            found = await client.get_job(job)
+            found = await client.get_job(job, round)
             if not found.adapter:
                 raise JobConflict(f"job {found.name} has no committed round to export yet", "wait for its first round")
             return found, {f.name: await client.get_blob(f.sha256, f.size) for f in found.adapter}

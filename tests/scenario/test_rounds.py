@@ -11,33 +11,43 @@ import re
 import pytest
 
 from coordinator.placement import Member, PipelinePlan
-from coordinator.round_model import (
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Commit,
+    Change,
     CommitNow,
     Contribution,
-    ContributionHeld,
-    Effect,
     Event,
-    FormPipelines,
-    JobChanged,
     NextRound,
     NodeLost,
     Offer,
+    Pause,
+    Resume,
+    Rewind,
+    Stop,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Commit,
+    ContributionHeld,
+    Effect,
+    FormPipelines,
+    JobChanged,
     OpenNext,
     PipelineLost,
     PipelinesFormed,
     Reply,
-    Resume,
+    Rewound,
     RoundAggregated,
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
     RoundsState,
     Rules,
-    Tick,
+    Settings,
+    SettingsAdopted,
+    SettingsStored,
 )
 from coordinator.rounds import advance, begin, recover
 from swarm.ids import Span
@@ -159,6 +169,97 @@ SCENARIOS = {
         167 restart    => form | waiting 2.0 open
         168 offer a    => formed a:0, job running | running 2.1 open
     """,
+    "a pause closes the round: what is whole counts": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer ab cd   => formed ab:0 cd:1, job running | running 1.1 open
+        5 send a to 0   => held a, reply held | running 1.1 open
+        5 send b to 0   => held b whole, reply held | running 1.1 open
+        6 send c to 1   => held c, reply held | running 1.1 open
+        7 pause         => lost 1, job running, freeze 0, aggregate | running 1.1 frozen
+        7 send d to 1   => reply late | running 1.1 frozen
+        8 aggregated    => aggregated, commit | running 1.1 aggregated
+        8 restart       => commit | running 1.1 aggregated
+        8 commit        => committed 0, job paused | paused 1.1 committed
+        9 next ab       => - | paused 1.1 committed
+        9 pause         => - | paused 1.1 committed
+        10 resume       => job waiting, open 2 | waiting 1.1 committed
+        11 next ab      => opened 2, formed ab:0, job running | running 2.1 open
+    """,
+    "a pause with nothing whole rests at once": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer ab      => formed ab:0, job running | running 1.1 open
+        5 send a to 0   => held a, reply held | running 1.1 open
+        7 pause         => lost 0, job paused | paused 1.1 open
+        8 send b to 0   => reply late | paused 1.1 open
+        9 restart       => - | paused 1.1 open
+        9 resume        => job waiting, form | waiting 1.1 open
+        9 offer ab      => formed ab:1, job running | running 1.2 open
+    """,
+    "a pause that is only ordered can be called off": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 pause         => job running | running 1.1 frozen
+        6 pause         => - | running 1.1 frozen
+        6 resume        => job running | running 1.1 frozen
+        7 aggregated    => aggregated, commit | running 1.1 aggregated
+        7 commit        => committed 0, open 2 | running 1.1 committed
+    """,
+    "a stop ends for good, whatever the job was doing": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 pause         => job running | running 1.1 frozen
+        6 stop          => job running | running 1.1 frozen
+        6 resume        => - | running 1.1 frozen
+        7 aggregated    => aggregated, commit | running 1.1 aggregated
+        7 commit        => committed 0, job finished | finished 1.1 committed
+        8 resume        => - | finished 1.1 committed
+        8 rewind 0      => - | finished 1.1 committed
+        8 rounds 9      => - | finished 1.1 committed
+    """,
+    "a stop of a job that waits": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        1 stop          => job finished | finished 1.0 open
+        2 offer ab      => - | finished 1.0 open
+    """,
+    "a rewind opens the round after the kept one; no generation comes twice": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        1 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        1 aggregated    => aggregated, commit | running 1.1 aggregated
+        1 commit        => committed 0, open 2 | running 1.1 committed
+        2 next a        => opened 2, formed a:0, job running | running 2.1 open
+        3 rewind 0      => - | running 2.1 open
+        3 abandon 0     => lost 0, job waiting, form | waiting 2.1 open
+        3 offer a       => formed a:1, job running | running 2.2 open
+        4 pause         => lost 1, job paused | paused 2.2 open
+        4 rewind 1      => - | paused 2.2 open
+        5 rewind 0      => rewound 0, opened 1, job waiting, form | waiting 1.2 open
+        6 offer a       => formed a:0, job running | running 1.3 open
+        7 send a to 0 gen 1 => reply rejected | running 1.3 open
+        8 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.3 frozen
+        8 aggregated    => aggregated, commit | running 1.3 aggregated
+        8 commit        => committed 0, open 2 | running 1.3 committed
+        9 next a        => opened 2, formed a:0, job running | running 2.3 open
+    """,
+    "settings change when pipelines are next formed": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 rounds 3      => settings stored, settings adopted, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        1 rounds 1      => settings stored | running 1.1 open
+        1 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        1 aggregated    => aggregated, commit | running 1.1 aggregated
+        1 commit        => committed 0, settings adopted, job finished | finished 1.1 committed
+    """,
+    "settings change for a round that is formed again": """
+        0 begin min 2   => opened 1, form | waiting 1.0 open
+        0 offer a b     => formed a:0 b:1, job running | running 1.1 open
+        1 rounds 5      => settings stored | running 1.1 open
+        1 lost a        => lost 0 | running 1.1 open
+        2 lost b        => lost 1, settings adopted, job waiting, form | waiting 1.1 open
+        3 offer b       => formed b:2, job running | running 1.2 open
+    """,
     "a round waits for as many pipelines as the job wants": """
         0 begin min 2   => opened 1, form | waiting 1.0 open
         1 offer ab      => job waiting | waiting 1.0 open
@@ -228,6 +329,14 @@ def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
             return CommitNow(state.round)
         case ["resume"]:
             return Resume()
+        case ["pause"]:
+            return Pause("paused by its owner")
+        case ["stop"]:
+            return Stop("stopped by its owner")
+        case ["rewind", number]:
+            return Rewind(int(number), state.generation)
+        case ["rounds", number]:
+            return Change(Settings(Rules(int(number), 100.0, 1, 3), f"{number} rounds"))
     raise AssertionError(f"no such event: {words}")
 
 
@@ -256,8 +365,14 @@ def _show(effect: Effect) -> str:
             return "aggregated"
         case RoundCommitted(_, accepted):
             return f"committed {_ids(accepted)}"
-        case JobChanged(state, _, _):
+        case JobChanged(state, _, _, _):
             return f"job {state}"
+        case SettingsStored():
+            return "settings stored"
+        case SettingsAdopted():
+            return "settings adopted"
+        case Rewound(number, _, _):
+            return f"rewound {number}"
         case Reply(answer, _):
             return f"reply {answer}"
         case FormPipelines():

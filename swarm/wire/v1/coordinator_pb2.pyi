@@ -260,6 +260,8 @@ class Assignment(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_SIZE_FIELD_NUMBER: _builtins.int
+    BASE_HASH_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     job_name: _builtins.str
     spec_json: _builtins.str
@@ -273,6 +275,10 @@ class Assignment(_message.Message):
     dataset: _builtins.bytes
     """SHA-256 of the uploaded training file"""
     dataset_size: _builtins.int
+    base_hash: _builtins.bytes
+    """of all parameters the round starts from"""
+    lineage: _builtins.int
+    """changes when rounds are discarded: what a node carries over is void then"""
     @_builtins.property
     def hops(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Hop]: ...
     def __init__(
@@ -288,10 +294,12 @@ class Assignment(_message.Message):
         round: _builtins.int = ...,
         dataset: _builtins.bytes = ...,
         dataset_size: _builtins.int = ...,
+        base_hash: _builtins.bytes = ...,
+        lineage: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "pipeline_id", b"pipeline_id", "round", b"round", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "lineage", b"lineage", "pipeline_id", b"pipeline_id", "round", b"round", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -865,20 +873,200 @@ class GetJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    ADAPTER_ROUND_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """id or name"""
+    adapter_round: _builtins.int
+    """whose adapter the reply names; unset: the job's own choice"""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
+        adapter_round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round", "adapter_round", b"adapter_round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round", "adapter_round", b"adapter_round", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapter_round: _TypeAlias = _typing.Literal["adapter_round"]  # noqa: Y015
+    _WhichOneofArgType__adapter_round: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_round) -> _WhichOneofReturnType__adapter_round | None: ...
+
+Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    round: _builtins.int
+    """discard everything after it first"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "job", b"job", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round: _TypeAlias = _typing.Literal["round"]  # noqa: Y015
+    _WhichOneofArgType__round: _TypeAlias = _typing.Literal["_round", b"_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round) -> _WhichOneofReturnType__round | None: ...
+
+Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
+
+@_typing.final
+class ChangeJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    JOB_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    @_builtins.property
+    def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """"schedule.rounds" to its new value, as in the job file"""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        settings: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+Global___ChangeJobRequest: _TypeAlias = ChangeJobRequest  # noqa: Y015
+
+@_typing.final
+class JobLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    after: _builtins.int
+    """`seq` of the last line seen; 0: from the oldest kept one"""
+    wait_s: _builtins.float
+    """long poll for newer lines"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        after: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "job", b"job", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobLogRequest: _TypeAlias = JobLogRequest  # noqa: Y015
+
+@_typing.final
+class JobLogReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    finished: _builtins.bool
+    """the job has ended and no line follows"""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]: ...
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[Global___LogLine] | None = ...,
+        finished: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobLogReply: _TypeAlias = JobLogReply  # noqa: Y015
+
+@_typing.final
+class LogLine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    unix_s: _builtins.float
+    kind: _builtins.str
+    round: _builtins.int
+    text: _builtins.str
+    peer_id: _builtins.str
+    pipeline_id: _builtins.int
+    loss: _builtins.float
+    tokens: _builtins.int
+    bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        unix_s: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        round: _builtins.int = ...,
+        text: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        pipeline_id: _builtins.int | None = ...,
+        loss: _builtins.float | None = ...,
+        tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_pipeline_id", b"_pipeline_id", "loss", b"loss", "pipeline_id", b"pipeline_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_pipeline_id", b"_pipeline_id", "bytes", b"bytes", "kind", b"kind", "loss", b"loss", "peer_id", b"peer_id", "pipeline_id", b"pipeline_id", "round", b"round", "seq", b"seq", "text", b"text", "tokens", b"tokens", "unix_s", b"unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__pipeline_id: _TypeAlias = _typing.Literal["pipeline_id"]  # noqa: Y015
+    _WhichOneofArgType__pipeline_id: _TypeAlias = _typing.Literal["_pipeline_id", b"_pipeline_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pipeline_id) -> _WhichOneofReturnType__pipeline_id | None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
 
 @_typing.final
 class NodeStatus(_message.Message):
@@ -937,6 +1125,9 @@ class JobStatus(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     ADAPTER_ROUND_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
+    KEPT_ROUNDS_FIELD_NUMBER: _builtins.int
+    NEXT_SPEC_JSON_FIELD_NUMBER: _builtins.int
+    SUBMITTER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     state: _builtins.str
@@ -953,6 +1144,10 @@ class JobStatus(_message.Message):
     ddp_bf16_bytes: _builtins.int
     adapter_round: _builtins.int
     spec_json: _builtins.str
+    next_spec_json: _builtins.str
+    """changed settings that wait for the next round"""
+    submitter: _builtins.str
+    """peer id that may control the job"""
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundStatus]: ...
     @_builtins.property
@@ -960,6 +1155,10 @@ class JobStatus(_message.Message):
     @_builtins.property
     def adapter(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """files of the newest kept round, in PEFT's layout"""
+
+    @_builtins.property
+    def kept_rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rounds to resume from or to export"""
 
     def __init__(
         self,
@@ -981,10 +1180,13 @@ class JobStatus(_message.Message):
         adapter: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
         adapter_round: _builtins.int = ...,
         spec_json: _builtins.str = ...,
+        kept_rounds: _abc.Iterable[_builtins.int] | None = ...,
+        next_spec_json: _builtins.str = ...,
+        submitter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_round", b"adapter_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "method", b"method", "name", b"name", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_round", b"adapter_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "kept_rounds", b"kept_rounds", "method", b"method", "name", b"name", "next_spec_json", b"next_spec_json", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "submitter", b"submitter", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

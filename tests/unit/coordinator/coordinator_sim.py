@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,6 +172,9 @@ class SimNode:
     hashes: dict[int, bytes] = field(default_factory=dict)
     receipts: dict[int, pb.Receipt] = field(default_factory=dict)
     leased: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    lineage: int = 0
+    owner_interferes: bool = False
+    """Rounds may be closed or discarded under the node's hands."""
 
     def __post_init__(self) -> None:
         self.peer = identity(self.name).peer_id
@@ -216,11 +220,13 @@ class SimNode:
             done.add(key)
             try:
                 receipt = await self.train(part)
+                if self.owner_interferes and receipt.verdict in (pb.VERDICT_LATE, pb.VERDICT_REJECTED):
+                    continue
+                assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
+                self.acknowledged(receipt)
+                await self.settle(part)
             except ContributionError:
                 continue  # the round ended meanwhile: the next assignment is on its way
-            assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
-            self.acknowledged(receipt)
-            await self.settle(part)
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
         """One round up to the held contribution."""
@@ -273,7 +279,7 @@ class SimNode:
             reply = await self.service.await_round(self.peer, request)
             if reply.HasField("receipt"):
                 self.receipts[part.round] = reply.receipt
-            if reply.committed or reply.HasField("receipt"):
+            if reply.committed or reply.finished or reply.HasField("receipt"):
                 return
 
     def own_shapes(self, part: pb.Assignment) -> dict[str, tuple[int, ...]]:
@@ -302,7 +308,11 @@ class SimNode:
         """Bring the parameters to the start of the round: by the update if possible, else by snapshot."""
         request = pb.AwaitRoundRequest(job_id=part.job_id, round=part.round - 1)
         reply = await self.service.await_round(self.peer, request)
+        if self.owner_interferes and not (reply.committed and reply.update.round == part.round - 1):
+            raise ContributionError("the round was discarded")
         assert reply.committed
+        if part.lineage != self.lineage:
+            self.lineage, self.at_round = part.lineage, -1
         if self.at_round == part.round - 2 and reply.update.size:
             await self._apply(part, reply.update)
         else:
@@ -313,6 +323,7 @@ class SimNode:
         assert params_hash(hashes) == reply.update.params_hash
         self.at_round = reply.update.round
         self.hashes[self.at_round] = reply.update.params_hash
+        assert part.base_hash == self.hashes[part.round - 1]
 
     async def _apply(self, part: pb.Assignment, update: pb.OuterUpdate) -> None:
         data = await download(self.service, self.peer, update.blob, update.size)
@@ -346,11 +357,17 @@ async def run_job(
     spec: str,
     settings: CoordinatorSettings,
     acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None,
+    owner: Callable[[CoordinatorService, str], Awaitable[None]] | None = None,
 ) -> pb.JobStatus:
-    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands."""
+    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands.
+
+    `owner` is what the submitter does meanwhile; it returns once the job has ended.
+    """
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
     service = coordinator.service
     nodes = [SimNode(service, name, span, acknowledged) for name, span in TWO_PIPELINES]
+    for node in nodes:
+        node.owner_interferes = owner is not None
     for node in nodes:
         await node.register()
     try:
@@ -361,6 +378,9 @@ async def run_job(
         working = [group.create_task(node.run()) for node in nodes]
         rounds = json.loads(spec)["schedule"]["rounds"]
         current = 1
+        if owner is not None:
+            await owner(service, job_id)
+            current = rounds + 1
         while current <= rounds:
             request = pb.AwaitRoundRequest(job_id=job_id, round=current, wait_s=30)
             reply = await service.await_round("researcher", request)
@@ -370,3 +390,29 @@ async def run_job(
     status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))
     await coordinator.close()
     return status
+
+
+async def meddle(service: CoordinatorService, job_id: str) -> None:
+    """An owner who changes a setting, pauses, rewinds to round 1, and stops after round 3.
+
+    What is done already is read from the job's log, so that a coordinator that dies in between makes
+    no difference.
+    """
+    caller, kinds, after = "researcher", set(), 0
+    while True:
+        reply = await service.job_log(caller, pb.JobLogRequest(job=job_id, after=after, wait_s=30))
+        kinds |= {line.kind for line in reply.lines}
+        after = max([after, *(line.seq for line in reply.lines)])
+        status = await service.get_job(caller, pb.GetJobRequest(job=job_id))
+        if status.state == "finished":
+            return
+        with suppress(JobConflict):  # the job has just gone on by itself: look again
+            if "settings_changed" not in kinds and status.round >= 2:
+                settings = {"inner.lr": "5e-4"}
+                await service.change_job(caller, pb.ChangeJobRequest(job=job_id, settings=settings))
+            elif "job_rewound" not in kinds and status.state == "paused":
+                await service.resume_job(caller, pb.ResumeJobRequest(job=job_id, round=1))
+            elif "job_rewound" not in kinds and status.round >= 3:
+                await service.pause_job(caller, pb.GetJobRequest(job=job_id))
+            elif "job_rewound" in kinds and status.round >= 4:
+                await service.stop_job(caller, pb.GetJobRequest(job=job_id))

@@ -7,18 +7,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 RUNNER = Path(__file__).parent / "crash_runner.py"
 ROOT = Path(__file__).parents[3]
 
 
-def test_every_write_of_a_round_may_be_the_last(tmp_path: Path) -> None:
+def crash(folder: Path, scenario: str) -> list[dict[str, Any]]:
+    """The fault-free run's result, then those of the killed ones."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, str(RUNNER), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(RUNNER), str(folder), scenario]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
-    fault_free, *killed = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_write_of_a_round_may_be_the_last(tmp_path: Path) -> None:
+    fault_free, *killed = crash(tmp_path, "rounds")
     # Two rounds of two pipelines of two nodes, six samples a pipeline and round.
     assert fault_free["accepted"] == 8
     assert fault_free["positions"] == [[0, 6], [6, 12], [12, 18], [18, 24]]
@@ -37,3 +42,22 @@ def test_every_write_of_a_round_may_be_the_last(tmp_path: Path) -> None:
         assert result["lost"] == [], where
         assert result["accepted"] == fault_free["accepted"], where
         assert result["positions"] == fault_free["positions"], where
+
+
+def test_every_act_of_an_owner_may_be_the_last_write(tmp_path: Path) -> None:
+    """Changed, paused, rewound to round 1, trained again, stopped: the same as if rounds 1 to 3 had just run."""
+    straight, *killed = crash(tmp_path, "owner")
+    written = {result["name"] for result in killed}
+    for act in ("Rewound", "SettingsStored", "SettingsAdopted"):
+        assert any(act in name for name in written), f"no run was killed at {act}: {sorted(written)}"
+    for result in killed:
+        where = f"killed at {result['name']}"
+        assert result["lives"] in ([137], [0]), where  # 0: another interleaving did without that write
+        assert result["hashes"][:3] == straight["hashes"], where
+        closed = [at for start, end in result["closed"] for at in range(start, end)]
+        assert closed[:36] == list(range(36)), where
+        assert len(closed) == len(set(closed)), where
+        kinds = [kind for _, kind in result["log"]]
+        assert [seq for seq, _ in result["log"]] == list(range(1, len(kinds) + 1)), where
+        assert kinds.count("job_rewound") == kinds.count("job_finished") == 1, where
+        assert result["spec"]["inner"]["lr"] == 5e-4, where

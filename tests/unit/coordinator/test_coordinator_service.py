@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from coordinator_sim import (
     submit,
     upload,
 )
+from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
 from coordinator.app import Coordinator
-from coordinator.driver import JobDriver
 from coordinator.ledger import log_entry_hash
 from coordinator.ports import CoordinatorSettings
 from coordinator.round_model import Standing
@@ -47,60 +46,6 @@ from swarm.ids import Span, sha256
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import hello
-
-ONE_PIPELINE = (("a", Span(0, 2)), ("b", Span(2, 4)))
-ONE = {"rounds": 3, "inner_steps": 3, "batch_size": 2, "max_length": 16, "round_deadline_s": 100.0}
-
-
-class Swarm:
-    """An open coordinator, its clock and its nodes by name."""
-
-    def __init__(self, coordinator: Coordinator, clock: ManualClock) -> None:
-        self.coordinator = coordinator
-        self.service = coordinator.service
-        self.clock = clock
-        self.nodes: dict[str, SimNode] = {}
-
-    async def join(self, *named: tuple[str, Span]) -> list[SimNode]:
-        nodes = [SimNode(self.service, name, span) for name, span in named]
-        for node in nodes:
-            await node.register()
-            self.nodes[node.name] = node
-        return nodes
-
-    @property
-    def driver(self) -> JobDriver:
-        return self.coordinator.jobs.all()[0]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what the coordinator does by itself."""
-        async with asyncio.timeout(20):
-            while True:
-                ticket = self.driver.changed.ticket()
-                if condition():
-                    return
-                await ticket.wait()
-
-    async def round(self, *names: str) -> None:
-        """The named nodes train the open round to its end."""
-        await asyncio.gather(*(self.one(name) for name in names))
-
-    async def one(self, name: str) -> pb.Receipt:
-        part = await self.nodes[name].assigned()
-        receipt = await self.nodes[name].train(part)
-        await self.nodes[name].settle(part)
-        return receipt
-
-
-@asynccontextmanager
-async def opened(folder: Path, clock: ManualClock | None = None, **changes: object) -> AsyncIterator[Swarm]:
-    clock = clock or ManualClock()
-    settings = replace(CoordinatorSettings(), **changes)  # type: ignore[arg-type]
-    coordinator = await Coordinator.open(folder, model_facts(), identity(), settings, clock)
-    try:
-        yield Swarm(coordinator, clock)
-    finally:
-        await coordinator.close()
 
 
 @pytest.fixture
@@ -355,9 +300,9 @@ async def test_three_fruitless_attempts_pause_the_job_until_it_is_resumed(swarm:
     assert status.state == "paused"
     assert "no contribution in 3 attempts" in status.reason
     assert (await lead.poll()).reason.startswith("job poems is paused: round 1 brought no contribution")
-    await swarm.service.resume_job("me", pb.GetJobRequest(job="poems"))
+    await swarm.service.resume_job("me", pb.ResumeJobRequest(job="poems"))
     with pytest.raises(JobConflict):
-        await swarm.service.resume_job("me", pb.GetJobRequest(job="poems"))
+        await swarm.service.resume_job("me", pb.ResumeJobRequest(job="poems"))
     await swarm.until(lambda: swarm.driver.state.generation == 4)
     await swarm.round("a", "b")
     assert lead.receipts[1].verdict == pb.VERDICT_ACCEPTED

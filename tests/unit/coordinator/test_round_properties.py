@@ -9,33 +9,41 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from coordinator import leases
 from coordinator.leases import Book, Lease, LeaseState
 from coordinator.placement import Member, form_pipelines
-from coordinator.round_model import (
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
+    Change,
     CommitNow,
     Contribution,
-    ContributionHeld,
     Event,
-    FormPipelines,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Pause,
+    Resume,
+    Rewind,
+    Stop,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    ContributionHeld,
+    FormPipelines,
+    JobState,
     OpenNext,
     Phase,
     PipelineLost,
     PipelinesFormed,
     Reply,
-    Resume,
+    Rewound,
     RoundCommitted,
     RoundFrozen,
     RoundsState,
     Rules,
+    Settings,
     Standing,
-    Tick,
 )
 from coordinator.rounds import advance, begin, recover
 from swarm.ids import Span
@@ -58,6 +66,8 @@ class RoundsMachine(RuleBasedStateMachine):
         self.book = Book()
         self.all_leases: dict[int, Lease] = {}
         self.pending: list[object] = []
+        self.lease_rounds: dict[int, int] = {}
+        self.named: set[tuple[int, int]] = set()
         self.held: dict[tuple[int, int, str], bytes] = {}
         self.accepted: set[tuple[int, str]] = set()
         self._perform(effects)
@@ -67,14 +77,17 @@ class RoundsMachine(RuleBasedStateMachine):
     def _step(self, event: Event) -> Reply | None:
         before = self.state
         self.state, effects = advance(before, event)
-        self._check_progress(before, self.state)
+        if not any(isinstance(effect, Rewound) for effect in effects):
+            self._check_progress(before, self.state)
         self._perform(effects)
         return next((effect for effect in effects if isinstance(effect, Reply)), None)
 
     def _perform(self, effects: tuple[object, ...]) -> None:
         for effect in effects:
             match effect:
-                case PipelinesFormed(number, _, pipelines):
+                case PipelinesFormed(number, generation, pipelines):
+                    assert (number, generation) not in self.named, "a generation comes once, rewound or not"
+                    self.named.add((number, generation))
                     for pipeline in pipelines:
                         self.book, lease = leases.grant(self.book, number, pipeline.pipeline_id, PER_LEASE)
                         self.all_leases[lease.lease_id] = lease
@@ -97,6 +110,12 @@ class RoundsMachine(RuleBasedStateMachine):
                             assert (number, pipeline_id, member.peer) in self.held, "accepted, not whole"
                             assert (number, member.peer) not in self.accepted, "accepted twice"
                             self.accepted.add((number, member.peer))
+                case Rewound(number, _, _):
+                    self.all_leases = {key: x for key, x in self.all_leases.items() if x.round <= number}
+                    self.book = leases.restore(self.all_leases.values())
+                    self.held = {key: payload for key, payload in self.held.items() if key[0] <= number}
+                    self.accepted = {key for key in self.accepted if key[0] <= number}
+                    self.pending.clear()
                 case FormPipelines() | Aggregate() | Commit() | OpenNext():
                     self.pending.append(effect)
                 case _:
@@ -178,6 +197,29 @@ class RoundsMachine(RuleBasedStateMachine):
     def owner_resumes(self) -> None:
         self._step(Resume())
 
+    @rule()
+    def owner_pauses(self) -> None:
+        self._step(Pause("paused by its owner"))
+        assert self.state.order is not None or self.state.job in (JobState.PAUSED, JobState.FINISHED)
+
+    @rule(back=st.integers(1, 2))
+    def owner_rewinds(self, back: int) -> None:
+        target = self.state.committed - back
+        generations = max((g for number, g in self.named if number > target), default=0)
+        self._step(Rewind(target, generations))
+
+    @precondition(lambda self: self.state.round == 3)
+    @rule()
+    def owner_stops(self) -> None:
+        self._step(Stop("stopped by its owner"))
+
+    @rule(rounds=st.integers(3, 4), min_pipelines=st.integers(1, 2))
+    def owner_changes(self, rounds: int, min_pipelines: int) -> None:
+        rules = Rules(rounds, 100.0, min_pipelines, 3)
+        self._step(Change(Settings(rules, f"{rules}")))
+        finished = self.state.job is JobState.FINISHED
+        assert finished or rules in (self.state.rules, self.state.next and self.state.next.rules)
+
     @precondition(lambda self: self.pending)
     @rule()
     def driver_works(self) -> None:
@@ -246,6 +288,8 @@ class RoundsMachine(RuleBasedStateMachine):
         if state.job in (JobState.WAITING, JobState.PAUSED):
             assert not active
             assert state.reason, "a job that does not run says why"
+        if state.order is not None:
+            assert state.phase in (Phase.FROZEN, Phase.AGGREGATED), "an order waits for a commit, and for nothing else"
         assert (state.deadline_s is not None) == (state.job is JobState.RUNNING and state.phase is Phase.OPEN)
         for pipeline in state.pipelines:
             whole = len(pipeline.held) == len(pipeline.members)

@@ -1,0 +1,124 @@
+"""What can happen to one job's rounds. Frozen values; `now_s` is monotonic.
+
+`coordinator.rounds` says what follows from each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.placement import PipelinePlan
+from coordinator.round_model import Settings
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A placement of the idle nodes; `missing` says what one more pipeline would need."""
+
+    now_s: float
+    plans: tuple[PipelinePlan, ...]
+    missing: str
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A payload that was checked on its own (hash, shapes, finite values)."""
+
+    now_s: float
+    round: int
+    generation: int
+    pipeline_id: int
+    peer: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class NodeLost:
+    now_s: float
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A member says that its pipeline cannot go on."""
+
+    now_s: float
+    round: int
+    pipeline_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed; only the deadline looks at it."""
+
+    now_s: float
+
+
+@dataclass(frozen=True)
+class AggregateDone:
+    round: int
+
+
+@dataclass(frozen=True)
+class CommitNow:
+    round: int
+
+
+@dataclass(frozen=True)
+class NextRound:
+    """Open the round after a committed one, with a placement as in `Offer`."""
+
+    now_s: float
+    plans: tuple[PipelinePlan, ...]
+    missing: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """By the owner: close the open round with what is whole, then rest."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """By the owner: close the open round with what is whole, then end for good."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A paused job goes on; a pause that is only ordered is called off."""
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """A paused job goes on from the end of `round`; `generations` is the highest one in a later round."""
+
+    round: int
+    generations: int
+
+
+@dataclass(frozen=True)
+class Change:
+    settings: Settings
+
+
+Event = (
+    Offer
+    | Contribution
+    | NodeLost
+    | Abandoned
+    | Tick
+    | AggregateDone
+    | CommitNow
+    | NextRound
+    | Pause
+    | Stop
+    | Resume
+    | Rewind
+    | Change
+)

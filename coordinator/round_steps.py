@@ -1,0 +1,117 @@
+"""The steps that several events lead to: forming again, losing pipelines, freezing, ending. Pure.
+
+Each takes a state and gives the next one with its effects, records first; `rounds` and `control`
+put them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from coordinator.round_model import (
+    Aggregate,
+    Effect,
+    FormPipelines,
+    JobChanged,
+    JobState,
+    OrderKind,
+    Phase,
+    Pipeline,
+    PipelineLost,
+    RoundFrozen,
+    RoundsState,
+    SettingsAdopted,
+    Standing,
+    Step,
+)
+
+FORMING = "pipelines are being formed"
+
+
+def swap(state: RoundsState, pipeline: Pipeline) -> RoundsState:
+    return replace(
+        state,
+        pipelines=tuple(pipeline if p.pipeline_id == pipeline.pipeline_id else p for p in state.pipelines),
+    )
+
+
+def changed(state: RoundsState) -> JobChanged:
+    """The job's row as the state has it."""
+    return JobChanged(state.job, state.reason, state.fruitless, state.order)
+
+
+def adopt(state: RoundsState) -> Step:
+    """No pipeline trains: changed settings take effect."""
+    if state.next is None:
+        return state, ()
+    after = replace(state, rules=state.next.rules, next=None)
+    return after, (SettingsAdopted(state.next.spec_json),)
+
+
+def waiting(state: RoundsState, reason: str) -> Step:
+    """The open round has no pipelines and wants some."""
+    state, adopted = adopt(state)
+    after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
+    return after, (*adopted, changed(after), FormPipelines())
+
+
+def lose(state: RoundsState, pipeline_ids: Iterable[int], reason: str) -> Step:
+    """Their work does not count. Nothing else follows; see `settle`."""
+    records: list[Effect] = []
+    for pipeline_id in pipeline_ids:
+        pipeline = state.pipeline(pipeline_id)
+        assert pipeline is not None, "ids come from the state"
+        state = swap(state, replace(pipeline, standing=Standing.LOST, reason=reason))
+        records.append(PipelineLost(state.round, pipeline_id, reason))
+    return state, tuple(records)
+
+
+def settle(state: RoundsState) -> Step:
+    """After a pipeline became whole or was lost: freeze, form again, pause, or go on as before."""
+    if state.with_standing(Standing.ACTIVE):
+        return state, ()
+    if state.with_standing(Standing.WHOLE):
+        return freeze(state)
+    generation = [p for p in state.pipelines if p.generation == state.generation]
+    reason = generation[-1].reason
+    fruitless = 0 if any(p.held for p in generation) else state.fruitless + 1
+    state = replace(state, fruitless=fruitless)
+    if fruitless >= state.rules.fruitless_generations:
+        reason = (
+            f"round {state.round} brought no contribution in {fruitless} attempts, the last one: {reason};"
+            " see to the nodes, then resume the job"
+        )
+        return rest(state, reason)
+    return waiting(state, f"pipelines are being formed again: {reason}")
+
+
+def rest(state: RoundsState, reason: str) -> Step:
+    after = replace(state, job=JobState.PAUSED, reason=reason, deadline_s=None, order=None)
+    return after, (changed(after),)
+
+
+def finish(state: RoundsState, reason: str = "") -> Step:
+    after = replace(state, job=JobState.FINISHED, reason=reason, deadline_s=None, order=None, next=None)
+    return after, (changed(after),)
+
+
+def obey(state: RoundsState) -> Step:
+    """No pipeline trains and the round is closed, or empty: do what was ordered."""
+    assert state.order is not None, "an order is given"
+    if state.order.kind is OrderKind.STOP:
+        return finish(state, state.order.reason)
+    return rest(state, state.order.reason)
+
+
+def freeze(state: RoundsState) -> Step:
+    accepted = state.with_standing(Standing.WHOLE)
+    late = state.with_standing(Standing.ACTIVE)
+    for pipeline in late:
+        state = swap(
+            state,
+            replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
+        )
+    state = replace(state, phase=Phase.FROZEN, deadline_s=None)
+    frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
+    return state, (frozen, Aggregate(state.round))
