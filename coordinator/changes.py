@@ -15,7 +15,7 @@ from coordinator.round_model import Rules
 from swarm.config import JobSpec, parse_job
 from swarm.errors import ConfigError
 
-CHANGEABLE = ("schedule.rounds", "schedule.round_deadline_s", "schedule.min_pipelines", "inner.lr")
+CHANGEABLE = ("schedule.rounds", "schedule.round_deadline_s", "schedule.min_pipelines", "schedule.quorum", "inner.lr")
 _SHORT = {key.partition(".")[2]: key for key in CHANGEABLE if key.startswith("schedule.")}
 
 _WHY_NOT = {
@@ -35,9 +35,11 @@ _WHY_NOT = {
 def rules_of(spec: JobSpec, fruitless_generations: int) -> Rules:
     return Rules(
         rounds=spec.schedule.rounds,
-        round_deadline_s=spec.schedule.round_deadline_s,
+        round_deadline_s=None if spec.schedule.round_deadline_s == "auto" else spec.schedule.round_deadline_s,
         min_pipelines=spec.schedule.min_pipelines,
         fruitless_generations=fruitless_generations,
+        quorum=spec.schedule.quorum,
+        inner_steps=spec.schedule.inner_steps,
     )
 
 
@@ -47,7 +49,7 @@ def changed_spec(spec: JobSpec, values: Mapping[str, str], open_round: int) -> t
         raise ConfigError("no setting is named", "give KEY=VALUE, such as rounds=20")
     whole = spec.model_dump(mode="json")
     told: list[str] = []
-    for given, text in values.items():
+    for given, text in sorted(values.items()):
         key = _SHORT.get(given, given)
         section, _, name = key.partition(".")
         if key not in CHANGEABLE:

@@ -76,6 +76,8 @@ def rewound(state: RoundsState, event: Rewind) -> Step:
         lineage=lineage,
         fruitless=0,
         pipelines=(),
+        recent_s=event.recent_s,
+        wrapping=False,
         deadline_s=None,
     )
     return after, (

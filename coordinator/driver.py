@@ -250,7 +250,7 @@ class JobDriver:
         stored = await asyncio.to_thread(self.ledger.load)
         self._book = stored.book
         self._doubtful = False
-        if stored.state != replace(self._state, deadline_s=None):
+        if stored.state != self._state.stored():
             self._take_settings(stored.spec_json)
             self._resume_from(stored.state)
 
@@ -265,7 +265,7 @@ class JobDriver:
         if state.round != self._state.round:
             self._told.clear()
         self._state = state
-        self._background.set_alarm(state.deadline_s, self._at_deadline)
+        self._background.set_alarm(state.alarm_s, self._at_deadline)
         for effect in effects:
             match effect:
                 case FormPipelines():
@@ -304,7 +304,7 @@ class JobDriver:
 
     def _at_deadline(self) -> None:
         # The timer may ring a moment early by the clock; it rang for this deadline all the same.
-        event = Tick(max(self._now(), self._state.deadline_s or 0.0))
+        event = Tick(max(self._now(), self._state.alarm_s or 0.0))
         self._background.insist("closing the round", lambda: self._apply(event))
 
     async def _form(self) -> None:

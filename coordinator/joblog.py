@@ -23,6 +23,7 @@ from coordinator.round_model import (
     RoundOpened,
     SettingsAdopted,
     SettingsStored,
+    WrapUp,
 )
 
 _MAX_TEXT = 1000
@@ -52,7 +53,7 @@ def lines(
         case PipelinesFormed(number, _, pipelines):
             return [Line("pipeline_formed", number, _formed(p), pipeline_id=p.pipeline_id) for p in pipelines]
         case ContributionHeld(number, pipeline_id, held, whole):
-            text = "held; its pipeline is whole" if whole else "held"
+            text = f"held, {held.inner_steps} inner steps{'; its pipeline is whole' if whole else ''}"
             size, tokens, loss = (submission.payload_size, submission.tokens, submission.loss) if submission else _NONE
             return [
                 Line(
@@ -72,6 +73,8 @@ def lines(
                 Line("round_frozen", number, f"{text}; late: {_ids(late)}" if late else text),
                 *(Line("pipeline_late", number, f"not whole when round {number} froze", pipeline_id=p) for p in late),
             ]
+        case WrapUp(number):
+            return [Line("wrap_up", number, "pipelines are asked to contribute what they have")]
         case RoundCommitted(number) if summary is not None:
             loss_text = "" if summary.loss is None else f", loss {summary.loss:.4f}"
             text = (

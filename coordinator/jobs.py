@@ -173,8 +173,7 @@ class Jobs:
 
     def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
         shared = self._shared
-        positions = spec.schedule.inner_steps * spec.schedule.batch_size
-        return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock, shared.settings)
+        return JobLedger(shared.storage, job.job_id, spec.schedule, shared.signer, shared.clock, shared.settings)
 
     # --- sharing the nodes --------------------------------------------------------------------
 

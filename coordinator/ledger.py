@@ -37,9 +37,10 @@ from coordinator.round_model import (
     SettingsAdopted,
     SettingsStored,
     Standing,
+    WrapUp,
 )
 from coordinator.storage import Storage
-from swarm.config import job_from_json
+from swarm.config import Schedule, job_from_json
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 _LOG_DOMAIN = b"swarm-round-log-v1"
@@ -55,19 +56,20 @@ class Stored:
 
 
 class JobLedger:
-    """Rows, receipts and leases of one job. `lease_positions`: samples of one pipeline in one round."""
+    """Rows, receipts and leases of one job."""
 
     def __init__(
         self,
         storage: Storage,
         job_id: str,
-        lease_positions: int,
+        schedule: Schedule,
         signer: Signer,
         clock: Clock,
         settings: CoordinatorSettings,
     ) -> None:
         self._storage = storage
-        self._lease_positions = lease_positions
+        self._step_positions = schedule.batch_size
+        self._lease_positions = schedule.inner_steps * schedule.batch_size
         self._job_id = job_id
         self._signer = signer
         self._clock = clock
@@ -144,11 +146,13 @@ class JobLedger:
                 for pipeline in pipelines:
                     book, lease = leases.grant(book, round, pipeline.pipeline_id, self._lease_positions)
                     storage.insert_lease(job_id, lease)
-            case ContributionHeld(round, pipeline_id, _, whole):
+            case ContributionHeld(round, pipeline_id, _, whole, took_s):
                 assert submission is not None, "a held contribution comes with its row"
                 storage.insert_contribution(job_id, submission)
                 if whole:
-                    storage.set_standing(job_id, round, pipeline_id, Standing.WHOLE)
+                    storage.set_whole(job_id, round, pipeline_id, took_s)
+            case WrapUp(round):
+                storage.set_wrap_up(job_id, round)
             case PipelineLost(round, pipeline_id, reason):
                 storage.set_standing(job_id, round, pipeline_id, Standing.LOST, reason)
                 book = self._exclude(book, round, pipeline_id, f"the pipeline was given up: {reason}")
@@ -186,7 +190,8 @@ class JobLedger:
     def _commit(self, book: Book, round: int, accepted: tuple[int, ...]) -> Book:
         sent = self._give_verdict(round, accepted, pb.VERDICT_ACCEPTED, "")
         for pipeline_id in accepted:
-            book, lease = leases.close(book, round, pipeline_id)
+            steps = min(contribution.inner_steps for contribution in sent if contribution.pipeline_id == pipeline_id)
+            book, lease = leases.close(book, round, pipeline_id, steps * self._step_positions)
             if lease is not None:
                 self._storage.set_lease(self._job_id, lease)
         outcome = self._storage.outcome(self._job_id, round)

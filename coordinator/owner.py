@@ -53,8 +53,10 @@ class Owner:
             return
         # Read whole: better to learn of a damaged file before the later rounds are gone.
         await asyncio.to_thread(self._shared.blobs.read, driver.outcome_of(round).state_blob)
-        generations = await asyncio.to_thread(self._shared.storage.generations_after, driver.job.job_id, round)
-        await driver.decide(Rewind(round, generations))
+        storage, job_id = self._shared.storage, driver.job.job_id
+        generations = await asyncio.to_thread(storage.generations_after, job_id, round)
+        recent_s = await asyncio.to_thread(storage.recent_times, job_id, round)
+        await driver.decide(Rewind(round, generations, recent_s))
 
     async def change(self, values: Mapping[str, str]) -> None:
         """New settings, from the next forming of pipelines on. Raises JobConflict, ConfigError."""

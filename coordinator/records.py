@@ -46,6 +46,8 @@ class ContributionRecord:
     verdict: int
     reason: str
     receipt: bytes
+    label_tokens: int = 0
+    """Tokens that carried loss; leads know it."""
 
 
 @dataclass(frozen=True)

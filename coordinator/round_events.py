@@ -30,6 +30,7 @@ class Contribution:
     pipeline_id: int
     peer: str
     payload: bytes
+    inner_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Abandoned:
 
 @dataclass(frozen=True)
 class Tick:
-    """Time passed; only the deadline looks at it."""
+    """Time passed: a round may have to ask for an end, or to freeze."""
 
     now_s: float
 
@@ -96,10 +97,14 @@ class Resume:
 
 @dataclass(frozen=True)
 class Rewind:
-    """A paused job goes on from the end of `round`; `generations` is the highest one in a later round."""
+    """A paused job goes on from the end of `round`.
+
+    `generations` is the highest one in a later round; `recent_s` as the state had it then.
+    """
 
     round: int
     generations: int
+    recent_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

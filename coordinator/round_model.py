@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from coordinator.placement import Member
@@ -48,9 +48,13 @@ class Rules:
     """What the job's file says about its rounds."""
 
     rounds: int
-    round_deadline_s: float
+    round_deadline_s: float | None
+    """None: by what recent pipelines took."""
     min_pipelines: int
     fruitless_generations: int
+    quorum: float = 1.0
+    """Share of a round's pipelines; once they are whole, the rest has a grace."""
+    inner_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Held:
 
     peer: str
     payload: bytes
+    inner_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Pipeline:
     standing: Standing = Standing.ACTIVE
     held: tuple[Held, ...] = ()
     reason: str = ""
+    took_s: float | None = None
+    """From forming to whole, scaled to all inner steps; None if that is not known."""
+    formed_s: float | None = None
+    """Monotonic; not stored."""
 
     def payload_of(self, peer: str) -> bytes | None:
         return next((held.payload for held in self.held if held.peer == peer), None)
@@ -104,7 +113,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class RoundsState:
-    """`deadline_s` is monotonic and is not part of what is stored.
+    """`began_s`, `wrap_s` and `deadline_s` are monotonic and not part of what is stored.
 
     Generations count up within a round, from `lineage` on: the highest generation of any round that
     was ever discarded, so that (round, generation) names one forming for good.
@@ -123,6 +132,22 @@ class RoundsState:
     next: Settings | None = None
     """Takes effect when pipelines are next formed."""
     lineage: int = 0
+    recent_s: tuple[float, ...] = ()
+    """What the newest accepted pipelines of committed rounds took, oldest first."""
+    wrapping: bool = False
+    """The open round asks its pipelines to contribute what they have."""
+    began_s: float | None = None
+    wrap_s: float | None = None
+
+    @property
+    def alarm_s(self) -> float | None:
+        """When time alone changes something."""
+        return self.deadline_s if self.wrapping or self.wrap_s is None else self.wrap_s
+
+    def stored(self) -> RoundsState:
+        """Without what is not stored."""
+        pipelines = tuple(replace(pipeline, formed_s=None) for pipeline in self.pipelines)
+        return replace(self, pipelines=pipelines, deadline_s=None, began_s=None, wrap_s=None)
 
     @property
     def committed(self) -> int:
@@ -166,6 +191,14 @@ class ContributionHeld:
     held: Held
     whole: bool
     """The pipeline is complete with it."""
+    took_s: float | None = None
+
+
+@dataclass(frozen=True)
+class WrapUp:
+    """From now on a pipeline may contribute fewer inner steps."""
+
+    round: int
 
 
 @dataclass(frozen=True)
@@ -234,6 +267,7 @@ Record = (
     RoundOpened
     | PipelinesFormed
     | ContributionHeld
+    | WrapUp
     | PipelineLost
     | RoundFrozen
     | RoundAggregated

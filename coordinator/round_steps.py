@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from coordinator.deadline import WRAP_UP_SHARE, grace_s, limit_s, quorum_of
 from coordinator.round_model import (
     Aggregate,
     Effect,
@@ -49,10 +50,34 @@ def adopt(state: RoundsState) -> Step:
     return after, (SettingsAdopted(state.next.spec_json),)
 
 
+def timed(state: RoundsState, now_s: float, attempt: int) -> RoundsState:
+    """The open round's time begins, or begins anew after a restart."""
+    time_s = limit_s(state.rules.round_deadline_s, state.recent_s, attempt)
+    state = replace(state, began_s=now_s, wrap_s=now_s + WRAP_UP_SHARE * time_s, deadline_s=now_s + time_s)
+    return graced(state, now_s)
+
+
+def untimed(state: RoundsState) -> RoundsState:
+    return replace(state, began_s=None, wrap_s=None, deadline_s=None)
+
+
+def graced(state: RoundsState, now_s: float) -> RoundsState:
+    """With a quorum whole, what is left of the time is at most the grace."""
+    if not quorum_whole(state) or state.deadline_s is None:
+        return state
+    took_s = [p.took_s for p in state.with_standing(Standing.WHOLE) if p.took_s is not None]
+    return replace(state, deadline_s=min(state.deadline_s, now_s + grace_s(took_s)))
+
+
+def quorum_whole(state: RoundsState) -> bool:
+    formed = sum(pipeline.generation == state.generation for pipeline in state.pipelines)
+    return len(state.with_standing(Standing.WHOLE)) >= quorum_of(state.rules.quorum, formed)
+
+
 def waiting(state: RoundsState, reason: str) -> Step:
     """The open round has no pipelines and wants some."""
     state, adopted = adopt(state)
-    after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
+    after = replace(untimed(state), job=JobState.WAITING, reason=reason)
     return after, (*adopted, changed(after), FormPipelines())
 
 
@@ -87,12 +112,12 @@ def settle(state: RoundsState) -> Step:
 
 
 def rest(state: RoundsState, reason: str) -> Step:
-    after = replace(state, job=JobState.PAUSED, reason=reason, deadline_s=None, order=None)
+    after = replace(untimed(state), job=JobState.PAUSED, reason=reason, order=None)
     return after, (changed(after),)
 
 
 def finish(state: RoundsState, reason: str = "") -> Step:
-    after = replace(state, job=JobState.FINISHED, reason=reason, deadline_s=None, order=None, next=None)
+    after = replace(untimed(state), job=JobState.FINISHED, reason=reason, order=None, next=None)
     return after, (changed(after),)
 
 
@@ -112,6 +137,6 @@ def freeze(state: RoundsState) -> Step:
             state,
             replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
         )
-    state = replace(state, phase=Phase.FROZEN, deadline_s=None)
+    state = replace(untimed(state), phase=Phase.FROZEN)
     frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
     return state, (frozen, Aggregate(state.round))

@@ -7,7 +7,9 @@ reads a clock, a random source or a disk.
 
 A round goes OPEN → FROZEN → AGGREGATED → COMMITTED and never back. Its pipelines are fixed by
 (round, generation). A pipeline counts whole or not at all: the round freezes once every pipeline
-that is not lost is whole and at least one is, or at its deadline with what is whole. Without a
+that is not lost is whole and at least one is, or at its deadline with what is whole. Once a quorum
+is whole, or most of the time is gone, the round asks the others to contribute what they have, and
+waits for them only a little longer. Without a
 whole pipeline by then, or with all of them lost, the next generation is formed in the same
 round; after `fruitless_generations` in a row without one contribution the job pauses.
 A member whose contribution is held may leave: its part of the work is done. What an owner asks
@@ -19,6 +21,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.control import change, ordered, resumed, rewound
+from coordinator.deadline import RECENT
 from coordinator.round_events import (
     Abandoned,
     AggregateDone,
@@ -56,8 +59,22 @@ from coordinator.round_model import (
     Rules,
     Standing,
     Step,
+    WrapUp,
 )
-from coordinator.round_steps import FORMING, adopt, changed, finish, freeze, lose, obey, settle, swap
+from coordinator.round_steps import (
+    FORMING,
+    adopt,
+    changed,
+    finish,
+    freeze,
+    graced,
+    lose,
+    obey,
+    quorum_whole,
+    settle,
+    swap,
+    timed,
+)
 
 
 def begin(rules: Rules) -> Step:
@@ -68,7 +85,7 @@ def begin(rules: Rules) -> Step:
 
 def recover(state: RoundsState, now_s: float) -> Step:
     """What to do with a state that was read back after a crash: go on where it stopped."""
-    state = replace(state, deadline_s=None)
+    state = state.stored()
     if state.job in (JobState.PAUSED, JobState.FINISHED):
         return state, ()
     match state.phase:
@@ -82,7 +99,7 @@ def recover(state: RoundsState, now_s: float) -> Step:
             if state.job is JobState.WAITING:
                 return state, (FormPipelines(),)
             # How much of the time had passed is not stored: the round gets its whole time again.
-            return replace(state, deadline_s=now_s + state.rules.round_deadline_s), ()
+            return timed(state, now_s, state.generation - state.lineage - 1), ()
 
 
 def advance(state: RoundsState, event: Event) -> Step:
@@ -132,6 +149,8 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     stored = pipeline.payload_of(event.peer)
     if stored == event.payload:
         return Reply(Answer.DUPLICATE)
+    if any(held.inner_steps != event.inner_steps for held in pipeline.held):
+        return Reply(Answer.REJECTED, f"its pipeline contributed {pipeline.held[0].inner_steps} inner steps")
     if stored is not None:
         return Reply(Answer.CONFLICT, f"another contribution to round {event.round} is already stored")
     if pipeline.standing is Standing.LOST:
@@ -154,15 +173,19 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
         return replace(state, reason=reason), (changed(replace(state, reason=reason)),)
     generation = state.generation + 1
     first = len(state.pipelines)
-    formed = tuple(Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans))
+    formed = tuple(
+        Pipeline(first + number, generation, plan.members, formed_s=event.now_s)
+        for number, plan in enumerate(event.plans)
+    )
     after = replace(
         state,
         job=JobState.RUNNING,
         reason="",
         generation=generation,
         pipelines=(*state.pipelines, *formed),
-        deadline_s=event.now_s + state.rules.round_deadline_s,
+        wrapping=False,
     )
+    after = timed(after, event.now_s, state.generation - state.lineage)
     return after, (
         PipelinesFormed(state.round, generation, formed),
         changed(after),
@@ -173,16 +196,24 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
     reply = refusal(state, event)
     if reply is not None:
         return state, (reply,)
-    held = Held(event.peer, event.payload)
+    held = Held(event.peer, event.payload, event.inner_steps)
     pipeline = state.pipeline(event.pipeline_id)
     assert pipeline is not None, "an unknown pipeline is refused above"
     together = tuple(sorted((*pipeline.held, held)))
     whole = len(together) == len(pipeline.members)
     standing = Standing.WHOLE if whole else Standing.ACTIVE
-    after = swap(replace(state, fruitless=0), replace(pipeline, held=together, standing=standing))
-    records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole),)
+    took_s = None
+    if whole and pipeline.formed_s is not None:
+        share = event.inner_steps / state.rules.inner_steps if event.inner_steps else 1.0
+        took_s = (event.now_s - pipeline.formed_s) / share
+    pipeline = replace(pipeline, held=together, standing=standing, took_s=took_s)
+    after = swap(replace(state, fruitless=0), pipeline)
+    records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole, took_s),)
     if state.fruitless:
         records += (changed(after),)
+    if whole and quorum_whole(after) and after.with_standing(Standing.ACTIVE):
+        after, asked = _wrap_up(graced(after, event.now_s))
+        records += asked
     after, effects = settle(after)
     return after, (*records, Reply(Answer.HELD), *effects)
 
@@ -211,12 +242,22 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
 
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
-    if state.phase is not Phase.OPEN or state.deadline_s is None or event.now_s < state.deadline_s:
+    if state.phase is not Phase.OPEN or state.deadline_s is None:
         return state, ()
+    if event.now_s < state.deadline_s:
+        due = state.wrap_s is not None and event.now_s >= state.wrap_s
+        return _wrap_up(state) if due else (state, ())
     if state.with_standing(Standing.WHOLE):
         return freeze(state)
     active = [pipeline.pipeline_id for pipeline in state.with_standing(Standing.ACTIVE)]
-    return _lost(state, active, f"not whole within {state.rules.round_deadline_s:g} s")
+    time_s = state.deadline_s - (state.began_s or 0.0)
+    return _lost(state, active, f"not whole within {time_s:g} s")
+
+
+def _wrap_up(state: RoundsState) -> Step:
+    if state.wrapping:
+        return state, ()
+    return replace(state, wrapping=True), (WrapUp(state.round),)
 
 
 def _lost(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
@@ -231,7 +272,9 @@ def _committed(state: RoundsState, event: CommitNow) -> Step:
     if state.phase is not Phase.AGGREGATED or event.round != state.round:
         return state, ()
     accepted = tuple(p.pipeline_id for p in state.with_standing(Standing.WHOLE))
-    after, adopted = adopt(replace(state, phase=Phase.COMMITTED))
+    took_s = tuple(p.took_s for p in state.with_standing(Standing.WHOLE) if p.took_s is not None)
+    recent_s = (*state.recent_s, *took_s)[-RECENT:]
+    after, adopted = adopt(replace(state, phase=Phase.COMMITTED, recent_s=recent_s))
     if event.round >= after.rules.rounds:
         after, effects = finish(after)
     elif after.order is not None:
@@ -254,6 +297,7 @@ def _next_round(state: RoundsState, event: NextRound) -> Step:
         phase=Phase.OPEN,
         generation=state.lineage,
         pipelines=(),
+        wrapping=False,
         deadline_s=None,
     )
     after, effects = _offered(opened, event)

@@ -222,6 +222,7 @@ class CoordinatorService:
         elif part is not None:
             reply.assignment.CopyFrom(part)
             reply.reason = driver.reason if driver else ""
+            reply.wrap_up = part.index == 0 and driver is not None and driver.state.wrapping
         else:
             reply.reason = views.idle_reason(drivers, caller)
         adapters = [views.finished_adapter(driver) for driver in drivers]

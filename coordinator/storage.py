@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.database import Database
+from coordinator.deadline import RECENT
 from coordinator.leases import Lease, LeaseState, Range
 from coordinator.placement import Member
 from coordinator.records import (
@@ -32,7 +33,7 @@ from swarm.ids import Span
 
 _CONTRIBUTION = (
     "round, generation, pipeline_id, peer, lead, payload, payload_size, inner_steps, tokens, loss,"
-    " verdict, reason, receipt"
+    " verdict, reason, receipt, label_tokens"
 )
 
 
@@ -117,15 +118,27 @@ class Storage:
         ((job, reason, fruitless, lineage, kind, why),) = self._read(
             "SELECT state, reason, fruitless, lineage, order_kind, order_reason FROM job WHERE job_id = ?", job_id
         )
-        ((number, phase, generation),) = self._read(
-            "SELECT round, phase, generation FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
+        ((number, phase, generation, wrapping),) = self._read(
+            "SELECT round, phase, generation, wrap_up FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
         )
         pipelines = self.pipelines(job_id, number)
         return RoundsState(
             *(rules, JobState(job), reason, number, Phase(phase), generation, fruitless, pipelines),
             order=Order(OrderKind(kind), why) if kind else None,
             lineage=lineage,
+            recent_s=self.recent_times(job_id, number),
+            wrapping=bool(wrapping),
         )
+
+    def recent_times(self, job_id: str, through: int) -> tuple[float, ...]:
+        """What the newest accepted pipelines took, oldest first, of committed rounds up to `through`."""
+        rows = self._read(
+            "SELECT took_s FROM pipeline JOIN round USING (job_id, round)"
+            " WHERE job_id = ? AND round <= ? AND standing = 'whole' AND phase = 'committed' AND took_s IS NOT NULL"
+            " ORDER BY round DESC, pipeline_id DESC LIMIT ?",
+            *(job_id, through, RECENT),
+        )
+        return tuple(took_s for (took_s,) in reversed(rows))
 
     def pipelines(self, job_id: str, round: int) -> tuple[Pipeline, ...]:
         members: dict[int, list[Member]] = {}
@@ -137,14 +150,14 @@ class Storage:
             members.setdefault(pipeline_id, []).append(Member(peer, Span(start, end)))
         held: dict[int, list[Held]] = {}
         for record in self.contributions(job_id, round):
-            held.setdefault(record.pipeline_id, []).append(Held(record.peer, record.payload))
+            held.setdefault(record.pipeline_id, []).append(Held(record.peer, record.payload, record.inner_steps))
         return tuple(
             Pipeline(
                 *(pipeline_id, generation, tuple(members[pipeline_id]), Standing(standing)),
-                *(tuple(sorted(held.get(pipeline_id, []))), reason),
+                *(tuple(sorted(held.get(pipeline_id, []))), reason, took_s),
             )
-            for pipeline_id, generation, standing, reason in self._read(
-                "SELECT pipeline_id, generation, standing, reason FROM pipeline"
+            for pipeline_id, generation, standing, reason, took_s in self._read(
+                "SELECT pipeline_id, generation, standing, reason, took_s FROM pipeline"
                 " WHERE job_id = ? AND round = ? ORDER BY pipeline_id",
                 *(job_id, round),
             )
@@ -180,10 +193,13 @@ class Storage:
         self._db.write("UPDATE round SET phase = ? WHERE job_id = ? AND round = ?", phase.value, job_id, round)
 
     def insert_pipelines(self, job_id: str, round: int, generation: int, pipelines: Iterable[Pipeline]) -> None:
-        self._db.write("UPDATE round SET generation = ? WHERE job_id = ? AND round = ?", generation, job_id, round)
+        self._db.write(
+            "UPDATE round SET generation = ?, wrap_up = 0 WHERE job_id = ? AND round = ?", generation, job_id, round
+        )
         for item in pipelines:
             self._db.write(
-                "INSERT INTO pipeline VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO pipeline (job_id, round, pipeline_id, generation, standing, reason)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 *(job_id, round, item.pipeline_id, item.generation, item.standing.value, item.reason),
             )
             self._db.write_many(
@@ -199,6 +215,15 @@ class Storage:
             "UPDATE pipeline SET standing = ?, reason = ? WHERE job_id = ? AND round = ? AND pipeline_id = ?",
             *(standing.value, reason, job_id, round, pipeline_id),
         )
+
+    def set_whole(self, job_id: str, round: int, pipeline_id: int, took_s: float | None) -> None:
+        self._db.write(
+            "UPDATE pipeline SET standing = ?, took_s = ? WHERE job_id = ? AND round = ? AND pipeline_id = ?",
+            *(Standing.WHOLE.value, took_s, job_id, round, pipeline_id),
+        )
+
+    def set_wrap_up(self, job_id: str, round: int) -> None:
+        self._db.write("UPDATE round SET wrap_up = 1 WHERE job_id = ? AND round = ?", job_id, round)
 
     # --- contributions ------------------------------------------------------------------------
 
@@ -217,9 +242,9 @@ class Storage:
 
     def insert_contribution(self, job_id: str, c: ContributionRecord) -> None:
         self._db.write(
-            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(job_id, c.round, c.generation, c.pipeline_id, c.peer, int(c.lead), c.payload, c.payload_size),
-            *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt),
+            *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt, c.label_tokens),
         )
 
     def set_verdict(self, job_id: str, c: ContributionRecord, *, counts: bool) -> None:
@@ -252,12 +277,18 @@ class Storage:
             "INSERT INTO lease VALUES (?, ?, ?, ?, ?)",
             *(job_id, lease.lease_id, lease.round, lease.pipeline_id, lease.state.value),
         )
+        self._insert_ranges(job_id, lease)
+
+    def _insert_ranges(self, job_id: str, lease: Lease) -> None:
         self._db.write_many(
             "INSERT INTO lease_range VALUES (?, ?, ?, ?)",
             [(job_id, lease.lease_id, r.start, r.end) for r in lease.ranges],
         )
 
     def set_lease(self, job_id: str, lease: Lease) -> None:
+        """Its state, and what is left of its ranges."""
+        self._db.write("DELETE FROM lease_range WHERE job_id = ? AND lease_id = ?", job_id, lease.lease_id)
+        self._insert_ranges(job_id, lease)
         self._db.write(
             "UPDATE lease SET state = ? WHERE job_id = ? AND lease_id = ?",
             *(lease.state.value, job_id, lease.lease_id),

@@ -39,6 +39,8 @@ class Progress:
     inner_step: int = 0
     loss: float = 0.0
     tokens_per_s: float = 0.0
+    wrap_up: bool = False
+    """The coordinator asks for what there is; written by the poll loop."""
 
 
 class LeadLoop:
@@ -66,16 +68,21 @@ class LeadLoop:
     async def train_round(
         self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None, first_round: int
     ) -> Work:
-        """H inner steps of the lease's samples. Raises PeerLost and whatever a stage reports."""
+        """H inner steps of the lease's samples, fewer if asked to wrap up. Raises PeerLost and what a stage reports."""
         schedule = self._spec.schedule
         ranges = [(r.start, r.end) for r in lease.ranges]
-        tokens, loss_sum = 0, 0.0
+        tokens, label_tokens, steps, loss_sum = 0, 0, 0, 0.0
         for step in range(schedule.inner_steps):
+            if step and self._progress.wrap_up:
+                log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=step)
+                break
             began = time.monotonic()
             batch = self._batch(ranges, step)
             lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
             loss = await self.inner_step(batch, chain, lr)
+            steps += 1
             tokens += batch.tokens
+            label_tokens += batch.label_tokens
             loss_sum += loss
             elapsed_s = time.monotonic() - began
             self._progress.round, self._progress.inner_step = assignment.round, step + 1
@@ -95,10 +102,11 @@ class LeadLoop:
             round=assignment.round,
             generation=assignment.generation,
             pipeline_id=assignment.pipeline_id,
-            inner_steps=schedule.inner_steps,
+            inner_steps=steps,
             tokens=tokens,
             lease_id=lease.lease_id,
-            loss=loss_sum / schedule.inner_steps,
+            loss=loss_sum / steps,
+            label_tokens=label_tokens,
         )
         if chain is not None:
             await chain.end_round(

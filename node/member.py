@@ -49,6 +49,8 @@ class Work:
     lease_id: int
     loss: float | None = None
     """Mean over the round's inner steps; the lead knows it."""
+    label_tokens: int = 0
+    """Tokens that carried loss; the lead knows it."""
 
 
 class JobMember:
@@ -142,6 +144,7 @@ class JobMember:
             inner_steps=work.inner_steps,
             tokens=work.tokens,
             lease_id=work.lease_id,
+            label_tokens=work.label_tokens,
             span=common_pb2.Span(start=self.span.start, end=self.span.end),
         )
         if work.loss is not None:

@@ -94,6 +94,7 @@ class Worker:
                     self.reason = reply.reason
                     log.info("standing", reason=reply.reason or "working")
                 await self._assign(reply.assignment if reply.HasField("assignment") else None)
+                self._progress.wrap_up = reply.wrap_up
                 for finished in reply.adapters:
                     await self._hold(finished)
         finally:
@@ -138,6 +139,7 @@ class Worker:
         if new is not None:
             log.info("assigned", job=new.job_name, round=new.round, stage=new.index, of=len(new.hops))
             if new.index == 0:
+                self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
 
     async def _member(self, assignment: pb.Assignment) -> JobMember:

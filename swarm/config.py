@@ -52,8 +52,10 @@ class Schedule(Settings):
     seed: int = 0
     min_pipelines: Annotated[int, Field(ge=1, le=1024)] = 1
     """A round starts once this many pipelines can be formed."""
-    round_deadline_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A round freezes with what it has once this time has passed."""
+    round_deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """A round freezes with what it has once this time has passed; auto: three times what pipelines took lately."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of a round's pipelines; once they are whole, the others have a short grace, then the round freezes."""
 
 
 class InnerSettings(Settings):
@@ -76,6 +78,8 @@ class OuterSettings(Settings):
     lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     nesterov: bool = True
+    weights: Literal["tokens", "equal"] = "tokens"
+    """What a pipeline's share in the average follows: the labelled tokens it trained on, or nothing."""
 
 
 class CodecSettings(Settings):

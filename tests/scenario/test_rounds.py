@@ -48,6 +48,7 @@ from coordinator.round_model import (
     Settings,
     SettingsAdopted,
     SettingsStored,
+    WrapUp,
 )
 from coordinator.rounds import advance, begin, recover
 from swarm.ids import Span
@@ -78,6 +79,8 @@ SCENARIOS = {
         5 send a to 0   => held a, reply held | running 1.1 open
         5 send b to 0   => held b whole, reply held | running 1.1 open
         6 send c to 1   => held c, reply held | running 1.1 open
+        79 tick         => - | running 1.1 open
+        80 tick         => wrap up | running 1.1 open
         99 tick         => - | running 1.1 open
         100 tick        => freeze 0 late 1, aggregate | running 1.1 frozen
         101 send d to 1 => reply late | running 1.1 frozen
@@ -118,7 +121,7 @@ SCENARIOS = {
         3 offer ab    => formed ab:1, job running | running 1.2 open
         5 lost a      => lost 1, job waiting, form | waiting 1.2 open
         6 offer ab    => formed ab:2, job running | running 1.3 open
-        105 tick      => - | running 1.3 open
+        105 tick      => wrap up | running 1.3 open
         106 tick      => lost 2, job paused | paused 1.3 open
         107 offer ab  => - | paused 1.3 open
         108 resume    => job waiting, form | waiting 1.3 open
@@ -157,8 +160,11 @@ SCENARIOS = {
         3 send a to 0  => held a, reply held | running 1.1 open
         90 restart     => - | running 1.1 open
         150 tick       => - | running 1.1 open
-        160 send b to 0 => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
-        161 restart    => aggregate | running 1.1 frozen
+        175 tick       => wrap up | running 1.1 open
+        176 restart    => - | running 1.1 open
+        190 tick       => - | running 1.1 open
+        195 send b to 0 => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        196 restart    => aggregate | running 1.1 frozen
         162 aggregated => aggregated, commit | running 1.1 aggregated
         162 aggregated => - | running 1.1 aggregated
         163 restart    => commit | running 1.1 aggregated
@@ -168,6 +174,50 @@ SCENARIOS = {
         166 next -     => opened 2, job waiting | waiting 2.0 open
         167 restart    => form | waiting 2.0 open
         168 offer a    => formed a:0, job running | running 2.1 open
+    """,
+    "a quorum whole: the rest is asked to end, and has a grace": """
+        0 begin quorum  => opened 1, form | waiting 1.0 open
+        0 offer a b c d => formed a:0 b:1 c:2 d:3, job running | running 1.1 open
+        20 send a to 0  => held a whole, reply held | running 1.1 open
+        21 send b to 1  => held b whole, reply held | running 1.1 open
+        22 send c to 2  => held c whole, wrap up, reply held | running 1.1 open
+        26 tick         => - | running 1.1 open
+        27 tick         => freeze 0+1+2 late 3, aggregate | running 1.1 frozen
+        28 send d to 3  => reply late | running 1.1 frozen
+    """,
+    "a quorum whole: who makes it within the grace counts": """
+        0 begin quorum  => opened 1, form | waiting 1.0 open
+        0 offer a b c d => formed a:0 b:1 c:2 d:3, job running | running 1.1 open
+        20 send a to 0  => held a whole, reply held | running 1.1 open
+        21 send b to 1  => held b whole, reply held | running 1.1 open
+        22 send c to 2  => held c whole, wrap up, reply held | running 1.1 open
+        23 restart      => - | running 1.1 open
+        27 tick         => - | running 1.1 open
+        27 send d to 3  => held d whole, reply held, freeze 0+1+2+3, aggregate | running 1.1 frozen
+    """,
+    "lost pipelines do not make a quorum easier": """
+        0 begin quorum  => opened 1, form | waiting 1.0 open
+        0 offer a b c d => formed a:0 b:1 c:2 d:3, job running | running 1.1 open
+        5 lost a        => lost 0 | running 1.1 open
+        20 send b to 1  => held b whole, reply held | running 1.1 open
+        21 send c to 2  => held c whole, reply held | running 1.1 open
+        22 send d to 3  => held d whole, reply held, freeze 1+2+3, aggregate | running 1.1 frozen
+    """,
+    "an automatic deadline is three times what pipelines took, and doubles": """
+        0 begin auto    => opened 1, form | waiting 1.0 open
+        0 offer ab      => formed ab:0, job running | running 1.1 open
+        100 send a to 0 => held a, reply held | running 1.1 open
+        100 send b to 0 => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        100 aggregated  => aggregated, commit | running 1.1 aggregated
+        100 commit      => committed 0, open 2 | running 1.1 committed
+        100 next ab     => opened 2, formed ab:0, job running | running 2.1 open
+        340 tick        => wrap up | running 2.1 open
+        399 tick        => - | running 2.1 open
+        400 tick        => lost 0, job waiting, form | waiting 2.1 open
+        400 offer ab    => formed ab:1, job running | running 2.2 open
+        879 tick        => - | running 2.2 open
+        880 tick        => wrap up | running 2.2 open
+        1000 tick       => lost 1, job waiting, form | waiting 2.2 open
     """,
     "a pause closes the round: what is whole counts": """
         0 begin         => opened 1, form | waiting 1.0 open
@@ -297,7 +347,9 @@ def test_reasons_name_what_is_missing() -> None:
 def _play(state: RoundsState | None, now_s: float, what: str) -> tuple[RoundsState, tuple[Effect, ...]]:
     words = what.split()
     if words[0] == "begin":
-        return begin(Rules(2, 100.0, int(words[2]) if "min" in words else 1, 3))
+        deadline_s = None if "auto" in words else 100.0
+        quorum = 0.75 if "quorum" in words else 1.0
+        return begin(Rules(2, deadline_s, int(words[2]) if "min" in words else 1, 3, quorum))
     assert state is not None
     if words[0] == "restart":
         return recover(state, now_s)
@@ -367,6 +419,8 @@ def _show(effect: Effect) -> str:
             return f"committed {_ids(accepted)}"
         case JobChanged(state, _, _, _):
             return f"job {state}"
+        case WrapUp():
+            return "wrap up"
         case SettingsStored():
             return "settings stored"
         case SettingsAdopted():

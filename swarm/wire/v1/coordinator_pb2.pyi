@@ -213,10 +213,13 @@ class PollReply(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    WRAP_UP_FIELD_NUMBER: _builtins.int
     REGISTER_AGAIN_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     reason: _builtins.str
     """why there is nothing to do, in words"""
+    wrap_up: _builtins.bool
+    """leads: end after this inner step and contribute what there is"""
     register_again: _builtins.bool
     """the coordinator restarted or had given this node up"""
     @_builtins.property
@@ -234,11 +237,12 @@ class PollReply(_message.Message):
         reason: _builtins.str = ...,
         assignment: Global___Assignment | None = ...,
         adapters: _abc.Iterable[Global___FinishedAdapter] | None = ...,
+        wrap_up: _builtins.bool = ...,
         register_again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "assignment", b"assignment", "reason", b"reason", "register_again", b"register_again", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "assignment", b"assignment", "reason", b"reason", "register_again", b"register_again", "version", b"version", "wrap_up", b"wrap_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -425,6 +429,7 @@ class ContributeRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
+    LABEL_TOKENS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     round: _builtins.int
@@ -436,6 +441,8 @@ class ContributeRequest(_message.Message):
     inner_steps: _builtins.int
     tokens: _builtins.int
     lease_id: _builtins.int
+    label_tokens: _builtins.int
+    """leads: tokens that carried loss, which the average weighs a pipeline by"""
     loss: _builtins.float
     """leads: mean training loss over the round's inner steps"""
     @_builtins.property
@@ -453,11 +460,12 @@ class ContributeRequest(_message.Message):
         tokens: _builtins.int = ...,
         lease_id: _builtins.int = ...,
         span: _common_pb2.Span | None = ...,
+        label_tokens: _builtins.int = ...,
         loss: _builtins.float | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "label_tokens", b"label_tokens", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

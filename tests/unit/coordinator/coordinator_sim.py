@@ -173,6 +173,8 @@ class SimNode:
     receipts: dict[int, pb.Receipt] = field(default_factory=dict)
     leased: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     lineage: int = 0
+    slow_lead: str = ""
+    """Pipelines led by the node of this name train until they are asked to wrap up: two inner steps."""
     owner_interferes: bool = False
     """Rounds may be closed or discarded under the node's hands."""
 
@@ -244,9 +246,26 @@ class SimNode:
             )
             key = (part.round, part.generation)
             self.leased[key] = [(r.start, r.end) for r in lease.ranges]
+        if self.is_slow(part):
+            await self.asked_to_wrap_up(part)
         frame = self.frame(part)
         digest = await upload(self.service, self.peer, frame)
         return await self.contribute(part, digest, len(frame), lease.lease_id if lease else 0)
+
+    def is_slow(self, part: pb.Assignment) -> bool:
+        return bool(self.slow_lead) and part.hops[0].peer_id == identity(self.slow_lead).peer_id
+
+    async def asked_to_wrap_up(self, part: pb.Assignment) -> None:
+        """By the job's log; the lead is told when it polls."""
+        after = 0
+        while True:
+            request = pb.JobLogRequest(job=part.job_id, after=after, wait_s=30)
+            lines = (await self.service.job_log(self.peer, request)).lines
+            if any((line.kind, line.round) == ("wrap_up", part.round) for line in lines):
+                break
+            after = max([after, *(line.seq for line in lines)])
+        if part.index == 0:
+            assert (await self.poll()).wrap_up
 
     async def contribute(
         self, part: pb.Assignment, digest: bytes, size: int, lease: int, **changes: object
@@ -259,8 +278,9 @@ class SimNode:
             pipeline_id=part.pipeline_id,
             payload_sha256=digest,
             payload_size=size,
-            inner_steps=spec.inner_steps,
+            inner_steps=spec.inner_steps - self.is_slow(part),
             tokens=7,
+            label_tokens=3 if self.is_slow(part) else 5,
             lease_id=lease,
             span=part.hops[part.index].span,
             loss=2.0 / part.round if part.index == 0 else None,
@@ -358,6 +378,7 @@ async def run_job(
     settings: CoordinatorSettings,
     acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None,
     owner: Callable[[CoordinatorService, str], Awaitable[None]] | None = None,
+    slow_lead: str = "",
 ) -> pb.JobStatus:
     """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands.
 
@@ -367,7 +388,7 @@ async def run_job(
     service = coordinator.service
     nodes = [SimNode(service, name, span, acknowledged) for name, span in TWO_PIPELINES]
     for node in nodes:
-        node.owner_interferes = owner is not None
+        node.owner_interferes, node.slow_lead = owner is not None, slow_lead
     for node in nodes:
         await node.register()
     try:

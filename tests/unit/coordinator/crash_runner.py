@@ -1,10 +1,10 @@
 """Kills a coordinator at each durable write of a round, and once more while it recovers.
 
-Run by test_coordinator_crash as `python crash_runner.py FOLDER rounds`, or with `owner` to have a
-job changed, paused, rewound and stopped, with a kill at each kind of write. Every run is a forked process of
-its own that dies by `os._exit` in the middle of the write, as by SIGKILL: nothing is closed,
-flushed or rolled back. This parent has a single thread, so forking is safe. Prints one JSON line
-for the fault-free run and one a killed run.
+Run by test_coordinator_crash as `python crash_runner.py FOLDER rounds`, or, with a kill at each kind
+of commit, with `owner` (a job that is changed, paused, rewound and stopped) or another of JOBS.
+Every run is a forked process of its own that dies by `os._exit` in the middle of the write, as by
+SIGKILL: nothing is closed, flushed or rolled back. This parent has a single thread, so forking is
+safe. Prints one JSON line for the fault-free run and one a killed run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SCHEDULE = {"rounds": 9, "inner_steps": 3, "batch_size": 2, "max_length": 16, "m
 JOBS = {
     "rounds": (job_spec(), None),
     "owner": (job_spec(schedule=SCHEDULE), meddle),
+    # One pipeline is whole, which is a quorum, and the other one contributes two of its three inner steps.
+    "partial": (job_spec(schedule=SCHEDULE | {"rounds": 2, "quorum": 0.5}), None),
     # What the job would have been without its owner, as far as that owner lets it go.
     "straight": (job_spec(schedule=SCHEDULE | {"rounds": 3}), None),
 }
@@ -78,7 +80,8 @@ def run(folder: Path, kill_at: int | str, job: str) -> None:
     # Nobody here dies of silence: a busy machine may stop all of them for a while.
     settings = CoordinatorSettings(durable_point=killer, silent_s=600.0, recovery_grace_s=600.0)
     spec, owner = JOBS[job]
-    status = asyncio.run(asyncio.wait_for(run_job(folder / "data", spec, settings, note, owner), 60))
+    slow_lead = "c" if job == "partial" else ""
+    status = asyncio.run(asyncio.wait_for(run_job(folder / "data", spec, settings, note, owner, slow_lead), 60))
     result = {"hashes": [entry.params_hash.hex() for entry in status.history], "names": killer.names}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -111,28 +114,25 @@ def finish(folder: Path, job: str) -> dict[str, object]:
     return result
 
 
-def owned(root: Path) -> None:
-    """One run for each durable point that an owner's acts pass, killed at its first passing."""
-    free = root / "free"
-    free.mkdir()
-    fault_free = finish(free, "owner")
-    straight = root / "straight"
+def by_name(root: Path, job: str, reference: str) -> None:
+    """One run for each kind of commit that `job` makes, killed at its first; before them the `reference` job's."""
+    straight, free = root / "straight", root / "free"
     straight.mkdir()
-    print(json.dumps(finish(straight, "straight")), flush=True)
-    names = fault_free["names"]
+    print(json.dumps(finish(straight, reference)), flush=True)
+    free.mkdir()
+    names = finish(free, job)["names"]
     assert isinstance(names, list)
-    acts = ("Rewound", "Settings", "PipelineLost", "JobChanged", "refused")
-    for name in sorted({name for name in names if any(act in name for act in acts)}):
+    for name in sorted({name for name in names if "commit " in name}):
         folder = root / f"killed-{name.replace(' ', '-')}"
         folder.mkdir()
-        lives = [in_child(lambda folder=folder, name=name: run(folder, name, "owner"))]
-        print(json.dumps({"name": name, "lives": lives} | finish(folder, "owner")), flush=True)
+        lives = [in_child(lambda folder=folder, name=name: run(folder, name, job))]
+        print(json.dumps({"name": name, "lives": lives} | finish(folder, job)), flush=True)
 
 
 def main(root: Path, scenario: str) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    if scenario == "owner":
-        owned(root)
+    if scenario != "rounds":
+        by_name(root, scenario, "straight" if scenario == "owner" else scenario)
         return
     free = root / "free"
     free.mkdir()

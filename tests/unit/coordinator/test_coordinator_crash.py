@@ -61,3 +61,19 @@ def test_every_act_of_an_owner_may_be_the_last_write(tmp_path: Path) -> None:
         assert [seq for seq, _ in result["log"]] == list(range(1, len(kinds) + 1)), where
         assert kinds.count("job_rewound") == kinds.count("job_finished") == 1, where
         assert result["spec"]["inner"]["lr"] == 5e-4, where
+
+
+def test_pipelines_that_contribute_in_part_may_be_cut_anywhere(tmp_path: Path) -> None:
+    fault_free, *killed = crash(tmp_path, "partial")
+    # Six samples of the quick pipeline, four of the slow one, a round. What the slow one left over in the
+    # first round it gets in the second; what it leaves over then is nobody's yet.
+    closed = [at for start, end in fault_free["closed"] for at in range(start, end)]
+    assert sorted(closed) == [*range(14), *range(16, 22)]
+    assert any("WrapUp" in result["name"] for result in killed)
+    for result in killed:
+        where = f"killed at {result['name']}"
+        assert result["lives"] == [137], where
+        for key in ("hashes", "closed", "accepted"):
+            assert result[key] == fault_free[key], where
+        assert result["lost"] == [], where
+        assert [kind for _, kind in result["log"]].count("wrap_up") == 2, where

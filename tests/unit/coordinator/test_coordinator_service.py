@@ -505,3 +505,30 @@ async def test_a_write_whose_end_is_unknown_is_looked_up(tmp_path: Path) -> None
         assert (await node.train(part)).verdict == pb.VERDICT_HELD
         assert [held.peer for held in swarm.driver.state.pipelines[0].held] == [node.peer]
         await swarm.one("b")
+
+
+async def test_a_slow_pipeline_contributes_what_it_has(tmp_path: Path) -> None:
+    async with opened(tmp_path, silent_s=1000.0) as swarm:
+        await swarm.join(*TWO_PIPELINES)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"min_pipelines": 2, "quorum": 0.5}))
+        slow = swarm.nodes["c"]
+        part = await slow.assigned()
+        slow.slow_lead = "c"
+        mate = next(n for n in swarm.nodes.values() if n.peer == part.hops[1].peer_id)
+        mate.slow_lead = "c"
+        others = [name for name, node in swarm.nodes.items() if node not in (slow, mate)]
+        assert not (await slow.poll()).wrap_up
+        await slow.catch_up(part)
+        lease = swarm.driver.lease_id(1, part.pipeline_id)
+        assert lease is not None
+        frame = slow.frame(part)
+        digest = await upload(swarm.service, slow.peer, frame)
+        early = await slow.contribute(part, digest, len(frame), lease)
+        assert (early.verdict, early.reason) == (pb.VERDICT_REJECTED, "2 inner steps instead of 3")
+        async with asyncio.TaskGroup() as group:
+            for name in (*others, slow.name, mate.name):
+                group.create_task(swarm.one(name))
+        assert {node.receipts[1].verdict for node in swarm.nodes.values()} == {pb.VERDICT_ACCEPTED}
+        storage = swarm.coordinator._shared.storage
+        counts = {x.pipeline_id: sum(r.end - r.start for r in x.ranges) for x in storage.leases(part.job_id)[:2]}
+        assert counts == {part.pipeline_id: 4, 1 - part.pipeline_id: 6}

@@ -179,7 +179,7 @@ async def test_settings_change_at_the_next_round_and_survive_a_restart(tmp_path:
         assert "5e-4" not in (await swarm.nodes["a"].assigned()).spec_json.replace("0.0005", "5e-4")
         texts = [line.text for line in await _log(swarm) if line.kind == "settings_changed"]
         assert texts == [
-            "schedule.rounds 3 → 2; inner.lr 0.001 → 5e-4",
+            "inner.lr 0.001 → 5e-4; schedule.rounds 3 → 2",
             "schedule.round_deadline_s 100.0 → 50",
         ]
     async with opened(tmp_path) as swarm:
