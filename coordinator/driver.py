@@ -21,7 +21,7 @@ from coordinator.background import Background
 from coordinator.blobs import Blobs
 from coordinator.leases import Book, Lease
 from coordinator.ledger import JobLedger
-from coordinator.placement import Placement
+from coordinator.placement import PipelinePlan, Placement
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
 from coordinator.results import JobResults
@@ -53,7 +53,7 @@ from coordinator.round_model import (
     SettingsAdopted,
     Standing,
 )
-from coordinator.rounds import advance, recover, refusal
+from coordinator.rounds import advance, broken_by, may_repair, recover, refusal
 from coordinator.signal import Signal
 from coordinator.storage import Storage
 from swarm.config import JobSpec, job_from_json
@@ -62,6 +62,7 @@ from swarm.wire.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 
+_COUNTING = (Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
 _VERDICTS = {
     Answer.LATE: pb.VERDICT_LATE,
     Answer.REJECTED: pb.VERDICT_REJECTED,
@@ -88,7 +89,7 @@ class Shared:
 class Neighbours(Protocol):
     """The other jobs, as a driver sees them."""
 
-    def place(self, job_id: str) -> Placement: ...
+    def place(self, job_id: str, without: frozenset[str] = frozenset()) -> Placement: ...
 
     def nodes_freed(self, job_id: str) -> None: ...
 
@@ -155,7 +156,7 @@ class JobDriver:
         """The pipeline that a node belongs to in the current round."""
         if self._state.job is not JobState.RUNNING:
             return None
-        counting = self._state.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        counting = self._state.with_standing(*_COUNTING)
         return next((pipeline for pipeline in counting if pipeline.has(peer)), None)
 
     # --- life ---------------------------------------------------------------------------------
@@ -189,15 +190,23 @@ class JobDriver:
             )
         return lease
 
-    async def abandon(self, caller: str, round: int, generation: int, pipeline_id: int, why: str) -> None:
-        """A member gives its pipeline up. Without effect on a pipeline that is whole or gone."""
+    async def abandon(
+        self, caller: str, round: int, generation: int, pipeline_id: int, why: str, blamed: str = ""
+    ) -> None:
+        """A member gives its pipeline up because of `blamed`. Without effect on one that is whole or gone."""
         pipeline = self._state.pipeline(pipeline_id) if round == self._state.round else None
         if pipeline is None or pipeline.generation != generation:
             return
         if not pipeline.has(caller):
             raise ContributionError(f"the node is not in pipeline {pipeline_id}")
-        event = Abandoned(self._now(), round, pipeline_id, why)
-        await self._background.uncancelled(self._apply(event))
+        await self._background.uncancelled(self._give_up(round, pipeline_id, why, blamed))
+
+    async def _give_up(self, round: int, pipeline_id: int, why: str, blamed: str) -> None:
+        async with self._shared.placement_lock:
+            # Who is at fault must be known: else the same nodes would be tried again.
+            named = next((p for p in self._state.pipelines if p.pipeline_id == pipeline_id and p.has(blamed)), None)
+            spares = self._spares([pipeline_id], blamed) if named is not None else ()
+            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares))
 
     async def decide(self, event: Event) -> None:
         """One step, whether or not who asked for it waits for its end."""
@@ -211,8 +220,22 @@ class JobDriver:
         return self.published[round]
 
     def node_lost(self, peer: str, reason: str) -> None:
-        event = NodeLost(self._now(), peer, reason)
-        self._background.insist("recording a lost node", lambda: self._apply(event))
+        async def record() -> None:
+            async with self._shared.placement_lock:
+                spares = self._spares(broken_by(self._state, peer), peer)
+                await self._apply(NodeLost(self._now(), peer, reason, spares))
+
+        if self._state.job is not JobState.FINISHED:
+            self._background.insist("recording a lost node", record)
+
+    def _spares(self, pipeline_ids: list[int], lost: str) -> tuple[PipelinePlan, ...]:
+        """Pipelines of the other nodes of those given and of idle ones."""
+        state = self._state
+        if not pipeline_ids or not may_repair(state, self._now()):
+            return ()
+        remain = [p for p in state.with_standing(*_COUNTING) if p.pipeline_id not in pipeline_ids]
+        taken = {member.peer for pipeline in remain for member in pipeline.members}
+        return self._neighbours.place(self.job.job_id, frozenset({lost, *taken})).pipelines
 
     def nodes_changed(self) -> None:
         """Idle nodes may be there: a waiting job looks again."""

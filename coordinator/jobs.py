@@ -18,7 +18,7 @@ from coordinator.changes import rules_of
 from coordinator.driver import JobDriver, Shared
 from coordinator.ledger import JobLedger
 from coordinator.nodes import Nodes
-from coordinator.placement import Member, Placement, form_pipelines
+from coordinator.placement import Member, Placement, Traits, form_pipelines
 from coordinator.records import JobRecord
 from coordinator.results import JobResults
 from coordinator.round_model import JobState, RoundsState
@@ -177,18 +177,22 @@ class Jobs:
 
     # --- sharing the nodes --------------------------------------------------------------------
 
-    def place(self, job_id: str) -> Placement:
-        """Place the nodes that no other job uses."""
+    def place(self, job_id: str, without: frozenset[str] = frozenset()) -> Placement:
+        """Place the nodes that no other job uses, but for those in `without`."""
         busy = {
             peer: driver.job.name
             for driver in self._drivers.values()
             if driver.job.job_id != job_id
             for peer in driver.state.busy_peers()
         }
-        idle = [
-            Member(node.record.peer, node.record.span) for node in self._nodes.all() if node.record.peer not in busy
-        ]
-        placement = form_pipelines(idle, self._shared.model.n_blocks)
+        now_s, model = self._shared.clock.monotonic(), self._shared.model
+        idle = [node for node in self._nodes.all() if node.record.peer not in busy and node.record.peer not in without]
+        placement = form_pipelines(
+            (Member(node.record.peer, node.record.span) for node in idle),
+            model.n_blocks,
+            {node.record.peer: Traits(node.record.token_block_s, now_s - node.joined_s) for node in idle},
+            model.cuts,
+        )
         if busy:
             jobs = ", ".join(sorted(set(busy.values())))
             placement = replace(placement, missing=f"{placement.missing} ({len(busy)} work for {jobs})")

@@ -82,6 +82,8 @@ class ModelFacts:
     model_hash: bytes
     n_blocks: int
     adapters: AdapterSource
+    cuts: tuple[int, ...] | None = None
+    """Where spans may start and end; None: everywhere."""
 
 
 def _no_durable_point(_name: str) -> None:

@@ -14,6 +14,8 @@ class NodeRecord:
     addrs: tuple[str, ...]
     device: str
     dtype: str
+    token_block_s: float = 0.0
+    """Seconds a token and block, as it measured; 0: not said."""
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,23 @@ class Contribution:
 
 @dataclass(frozen=True)
 class NodeLost:
+    """`spares`: pipelines that the other nodes of those it breaks could form with idle ones."""
+
     now_s: float
     peer: str
     reason: str
+    spares: tuple[PipelinePlan, ...] = ()
 
 
 @dataclass(frozen=True)
 class Abandoned:
-    """A member says that its pipeline cannot go on."""
+    """A member says that its pipeline cannot go on. `spares` as in `NodeLost`, without the node at fault."""
 
     now_s: float
     round: int
     pipeline_id: int
     reason: str
+    spares: tuple[PipelinePlan, ...] = ()
 
 
 @dataclass(frozen=True)

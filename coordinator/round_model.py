@@ -103,6 +103,8 @@ class Pipeline:
     """From forming to whole, scaled to all inner steps; None if that is not known."""
     formed_s: float | None = None
     """Monotonic; not stored."""
+    repair: bool = False
+    """Formed within a round, of the survivors of a pipeline that lost a node and idle ones."""
 
     def payload_of(self, peer: str) -> bytes | None:
         return next((held.payload for held in self.held if held.peer == peer), None)
@@ -160,12 +162,25 @@ class RoundsState:
     def with_standing(self, *standings: Standing) -> tuple[Pipeline, ...]:
         return tuple(p for p in self.pipelines if p.standing in standings)
 
+    def attempts(self) -> int:
+        """Formings of the open round, repairs aside."""
+        return len({p.generation for p in self.pipelines if not p.repair})
+
+    def latest_attempt(self) -> tuple[Pipeline, ...]:
+        """The pipelines since the last forming, repairs among them."""
+        first = max((p.generation for p in self.pipelines if not p.repair), default=0)
+        return tuple(p for p in self.pipelines if p.generation >= first)
+
+    def counting_peers(self) -> frozenset[str]:
+        """Members of the open round's pipelines that may still count, or would."""
+        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        return frozenset(member.peer for pipeline in counting for member in pipeline.members)
+
     def busy_peers(self) -> frozenset[str]:
         """Nodes this job occupies: those of its pipelines that may still count."""
         if self.job is not JobState.RUNNING:
             return frozenset()
-        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
-        return frozenset(member.peer for pipeline in counting for member in pipeline.members)
+        return self.counting_peers()
 
 
 # --- effects: records (durable), then actions -------------------------------------------------

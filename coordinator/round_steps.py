@@ -70,7 +70,8 @@ def graced(state: RoundsState, now_s: float) -> RoundsState:
 
 
 def quorum_whole(state: RoundsState) -> bool:
-    formed = sum(pipeline.generation == state.generation for pipeline in state.pipelines)
+    # A repair stands for the pipeline it replaces.
+    formed = sum(not pipeline.repair for pipeline in state.latest_attempt())
     return len(state.with_standing(Standing.WHOLE)) >= quorum_of(state.rules.quorum, formed)
 
 
@@ -98,9 +99,9 @@ def settle(state: RoundsState) -> Step:
         return state, ()
     if state.with_standing(Standing.WHOLE):
         return freeze(state)
-    generation = [p for p in state.pipelines if p.generation == state.generation]
-    reason = generation[-1].reason
-    fruitless = 0 if any(p.held for p in generation) else state.fruitless + 1
+    attempt = state.latest_attempt()
+    reason = attempt[-1].reason
+    fruitless = 0 if any(p.held for p in attempt) else state.fruitless + 1
     state = replace(state, fruitless=fruitless)
     if fruitless >= state.rules.fruitless_generations:
         reason = (

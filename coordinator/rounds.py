@@ -12,7 +12,10 @@ is whole, or most of the time is gone, the round asks the others to contribute w
 waits for them only a little longer. Without a
 whole pipeline by then, or with all of them lost, the next generation is formed in the same
 round; after `fruitless_generations` in a row without one contribution the job pauses.
-A member whose contribution is held may leave: its part of the work is done. What an owner asks
+A member whose contribution is held may leave: its part of the work is done. A pipeline that loses a
+node in the first half of a round is formed anew of its other nodes and idle ones where that is
+possible, and trains from the start of the round; later, or without a replacement, the round goes on
+without it. What an owner asks
 for in between is in `control`.
 """
 
@@ -22,6 +25,7 @@ from dataclasses import replace
 
 from coordinator.control import change, ordered, resumed, rewound
 from coordinator.deadline import RECENT
+from coordinator.placement import PipelinePlan
 from coordinator.round_events import (
     Abandoned,
     AggregateDone,
@@ -76,6 +80,10 @@ from coordinator.round_steps import (
     timed,
 )
 
+REPAIR_SHARE = 0.5
+"""Of a round's time: what is lost later could not be trained again within the rest."""
+_MOST_REPAIRS = 3
+
 
 def begin(rules: Rules) -> Step:
     """A new job: round 1 is open and waits for its pipelines."""
@@ -99,7 +107,7 @@ def recover(state: RoundsState, now_s: float) -> Step:
             if state.job is JobState.WAITING:
                 return state, (FormPipelines(),)
             # How much of the time had passed is not stored: the round gets its whole time again.
-            return timed(state, now_s, state.generation - state.lineage - 1), ()
+            return timed(state, now_s, state.attempts() - 1), ()
 
 
 def advance(state: RoundsState, event: Event) -> Step:
@@ -185,7 +193,7 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
         pipelines=(*state.pipelines, *formed),
         wrapping=False,
     )
-    after = timed(after, event.now_s, state.generation - state.lineage)
+    after = timed(after, event.now_s, state.attempts())
     return after, (
         PipelinesFormed(state.round, generation, formed),
         changed(after),
@@ -218,15 +226,28 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
     return after, (*records, Reply(Answer.HELD), *effects)
 
 
-def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+def broken_by(state: RoundsState, peer: str) -> list[int]:
+    """The pipelines that a node's loss breaks."""
     if state.phase is not Phase.OPEN:
-        return state, ()
-    broken = [
+        return []
+    return [
         pipeline.pipeline_id
         for pipeline in state.with_standing(Standing.ACTIVE)
-        if pipeline.has(event.peer) and pipeline.payload_of(event.peer) is None
+        if pipeline.has(peer) and pipeline.payload_of(peer) is None
     ]
-    return _lost(state, broken, event.reason)
+
+
+def may_repair(state: RoundsState, now_s: float) -> bool:
+    """Whether there is time to train anew what a pipeline loses now."""
+    if state.began_s is None or state.deadline_s is None or state.wrapping:
+        return False
+    repairs = len({pipeline.generation for pipeline in state.latest_attempt() if pipeline.repair})
+    in_time = now_s - state.began_s < REPAIR_SHARE * (state.deadline_s - state.began_s)
+    return in_time and repairs < _MOST_REPAIRS
+
+
+def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+    return _lost(state, broken_by(state, event.peer), event.reason, event.now_s, event.spares)
 
 
 def _abandoned(state: RoundsState, event: Abandoned) -> Step:
@@ -238,7 +259,7 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
         or pipeline.standing is not Standing.ACTIVE
     ):
         return state, ()
-    return _lost(state, [event.pipeline_id], event.reason)
+    return _lost(state, [event.pipeline_id], event.reason, event.now_s, event.spares)
 
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
@@ -260,12 +281,39 @@ def _wrap_up(state: RoundsState) -> Step:
     return replace(state, wrapping=True), (WrapUp(state.round),)
 
 
-def _lost(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
+def _lost(
+    state: RoundsState,
+    pipeline_ids: list[int],
+    reason: str,
+    now_s: float = 0.0,
+    spares: tuple[PipelinePlan, ...] = (),
+) -> Step:
+    """Repair what was lost if there is time, and others to go on with; else leave it out."""
     if not pipeline_ids:
         return state, ()
+    repairable = may_repair(state, now_s)
     state, records = lose(state, pipeline_ids, reason)
+    others = state.with_standing(Standing.ACTIVE, Standing.WHOLE)
+    if spares and repairable and others:
+        state, formed = _repair(state, spares[: len(pipeline_ids)], now_s)
+        records += formed
     state, effects = settle(state)
     return state, (*records, *effects)
+
+
+def _repair(state: RoundsState, spares: tuple[PipelinePlan, ...], now_s: float) -> Step:
+    taken = state.counting_peers()
+    # What was free when the spares were looked for may be taken by now.
+    plans = [plan for plan in spares if not any(member.peer in taken for member in plan.members)]
+    if not plans:
+        return state, ()
+    generation, first = state.generation + 1, len(state.pipelines)
+    formed = tuple(
+        Pipeline(first + number, generation, plan.members, formed_s=now_s, repair=True)
+        for number, plan in enumerate(plans)
+    )
+    after = replace(state, generation=generation, pipelines=(*state.pipelines, *formed))
+    return after, (PipelinesFormed(state.round, generation, formed),)
 
 
 def _committed(state: RoundsState, event: CommitNow) -> Step:

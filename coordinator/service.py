@@ -33,6 +33,7 @@ _MAX_LISTED = 500
 _LISTED_HISTORY = 10
 _MAX_ADAPTERS = 100
 _MAX_LINES = 500
+_MOST_TOKEN_BLOCK_S = 60.0
 """Replies stay below the 8 MiB of a message: lists show the newest, a single job shows more rounds."""
 _FINAL = frozenset({pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED, pb.VERDICT_LATE, pb.VERDICT_REJECTED})
 
@@ -120,7 +121,9 @@ class CoordinatorService:
         async with self._heard(caller):
             driver = self._jobs.find(request.job_id)
             why = f"{request.reason.code} {request.reason.cause}".strip()[:_MAX_TEXT] or "given up by its lead"
-            await driver.abandon(caller, request.round, request.generation, request.pipeline_id, why)
+            await driver.abandon(
+                *(caller, request.round, request.generation, request.pipeline_id, why), request.reason.blame
+            )
         return pb.AbandonReply()
 
     # --- pieces -------------------------------------------------------------------------------
@@ -280,7 +283,9 @@ class CoordinatorService:
         texts = (*request.addrs, request.device, request.dtype)
         if len(request.addrs) > _MAX_ADDRS or any(len(text) > _MAX_TEXT for text in texts):
             raise InputError(f"a node has at most {_MAX_ADDRS} addresses of {_MAX_TEXT} characters")
-        return NodeRecord(caller, span, tuple(request.addrs), request.device, request.dtype)
+        # Written so that NaN means not known; whoever boasts is asked to train faster, no more.
+        token_block_s = request.token_block_s if 0 < request.token_block_s < _MOST_TOKEN_BLOCK_S else 0.0
+        return NodeRecord(caller, span, tuple(request.addrs), request.device, request.dtype, token_block_s)
 
     def _store_node(self, record: NodeRecord) -> None:
         with self._shared.storage.transaction("node"):

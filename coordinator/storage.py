@@ -53,16 +53,17 @@ class Storage:
 
     def nodes(self) -> list[NodeRecord]:
         return [
-            NodeRecord(peer, Span(start, end), tuple(json.loads(addrs)), device, dtype)
-            for peer, start, end, addrs, device, dtype in self._read(
-                "SELECT peer, span_start, span_end, addrs_json, device, dtype FROM node ORDER BY peer"
+            NodeRecord(peer, Span(start, end), tuple(json.loads(addrs)), device, dtype, token_block_s)
+            for peer, start, end, addrs, device, dtype, token_block_s in self._read(
+                "SELECT peer, span_start, span_end, addrs_json, device, dtype, token_block_s FROM node ORDER BY peer"
             )
         ]
 
     def put_node(self, node: NodeRecord) -> None:
         self._db.write(
-            "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?, ?)",
             *(node.peer, node.span.start, node.span.end, json.dumps(node.addrs), node.device, node.dtype),
+            node.token_block_s,
         )
 
     def delete_node(self, peer: str) -> None:
@@ -155,9 +156,10 @@ class Storage:
             Pipeline(
                 *(pipeline_id, generation, tuple(members[pipeline_id]), Standing(standing)),
                 *(tuple(sorted(held.get(pipeline_id, []))), reason, took_s),
+                repair=bool(repair),
             )
-            for pipeline_id, generation, standing, reason, took_s in self._read(
-                "SELECT pipeline_id, generation, standing, reason, took_s FROM pipeline"
+            for pipeline_id, generation, standing, reason, took_s, repair in self._read(
+                "SELECT pipeline_id, generation, standing, reason, took_s, repair FROM pipeline"
                 " WHERE job_id = ? AND round = ? ORDER BY pipeline_id",
                 *(job_id, round),
             )
@@ -198,9 +200,10 @@ class Storage:
         )
         for item in pipelines:
             self._db.write(
-                "INSERT INTO pipeline (job_id, round, pipeline_id, generation, standing, reason)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO pipeline (job_id, round, pipeline_id, generation, standing, reason, repair)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 *(job_id, round, item.pipeline_id, item.generation, item.standing.value, item.reason),
+                int(item.repair),
             )
             self._db.write_many(
                 "INSERT INTO member VALUES (?, ?, ?, ?, ?, ?, ?)",

@@ -25,6 +25,7 @@ from swarm.data.dataset import ChatDataset
 from swarm.data.order import sample_index
 from swarm.model.shard import Head
 from swarm.net.chain import Chain
+from swarm.optim.schedule import global_step, learning_rate
 from swarm.wire.v1 import chain_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -65,9 +66,7 @@ class LeadLoop:
         self._progress = progress
         self._cut_tokens = 0
 
-    async def train_round(
-        self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None, first_round: int
-    ) -> Work:
+    async def train_round(self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None) -> Work:
         """H inner steps of the lease's samples, fewer if asked to wrap up. Raises PeerLost and what a stage reports."""
         schedule = self._spec.schedule
         ranges = [(r.start, r.end) for r in lease.ranges]
@@ -78,7 +77,8 @@ class LeadLoop:
                 break
             began = time.monotonic()
             batch = self._batch(ranges, step)
-            lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
+            at = global_step(assignment.round, schedule.inner_steps, step)
+            lr = learning_rate(self._spec.inner, at, schedule.rounds * schedule.inner_steps)
             loss = await self.inner_step(batch, chain, lr)
             steps += 1
             tokens += batch.tokens
@@ -125,10 +125,6 @@ class LeadLoop:
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
         return collate(samples, self._tokenizer.pad_token_id or 0)
-
-    def _learning_rate(self, step: int) -> float:
-        inner = self._spec.inner
-        return inner.lr * min(1.0, (step + 1) / (inner.warmup_steps + 1))
 
     async def inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:
         """Forward, loss, backward and one optimizer step of every stage; returns the batch's loss."""

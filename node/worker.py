@@ -9,6 +9,7 @@ unless that is only waiting for its round to settle.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from node.adapters import AdapterStore
 from node.jobstate import JobFolder
 from node.lead import LeadLoop, Progress
 from node.link import Link
-from node.member import FIRST_ROUND, JobMember, Work
+from node.member import JobMember, Work
 from node.memory import Ledger
 from node.serving import NodeModel
 from node.stage import AdapterStage
@@ -56,7 +57,10 @@ class Worker:
         adapters: AdapterStore,
         traffic: Traffic,
         data_dir: Path,
+        token_block_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        """`token_block_s`: what a token and block take here, as it was measured last; 0 if it was not."""
+        self._token_block_s = token_block_s
         self._peer = peer
         self._compute = compute
         self._model = model
@@ -108,6 +112,7 @@ class Worker:
             addrs=self._peer.addrs,
             device=str(self._model.shard.device),
             dtype=str(self._model.shard.dtype).removeprefix("torch."),
+            token_block_s=self._token_block_s(),
         )
         await self._link.call(lambda client: client.register(request))
         log.info("registered", blocks=str(self._model.span))
@@ -219,7 +224,7 @@ class Worker:
                 round=assignment.round,
                 generation=assignment.generation,
                 pipeline_id=assignment.pipeline_id,
-                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix),
+                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix, blame=known.blame),
             )
             await self._link.call(lambda client: client.abandon(request))
 
@@ -239,7 +244,7 @@ class Worker:
                 pipeline_id=assignment.pipeline_id,
             )
             lease = await self._link.call(lambda client: client.lease(lease_request))
-            work = await loop.train_round(assignment, lease, chain, FIRST_ROUND)
+            work = await loop.train_round(assignment, lease, chain)
         finally:
             if chain is not None:
                 await chain.close()

@@ -67,6 +67,8 @@ class InnerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up over the first inner steps of the job."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """What the learning rate does after the warm-up, down to zero at the job's last inner step."""
 
 
 class OuterSettings(Settings):

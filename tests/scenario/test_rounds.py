@@ -219,6 +219,61 @@ SCENARIOS = {
         880 tick        => wrap up | running 2.2 open
         1000 tick       => lost 1, job waiting, form | waiting 2.2 open
     """,
+    "a lost stage is replaced while there is time": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab cd          => formed ab:0 cd:1, job running | running 1.1 open
+        5 send c to 1          => held c, reply held | running 1.1 open
+        10 lost d spare ce     => lost 1, formed ce:2 again | running 1.2 open
+        11 send c to 1 gen 1   => reply duplicate | running 1.2 open
+        12 restart             => - | running 1.2 open
+        20 send a to 0         => held a, reply held | running 1.2 open
+        20 send b to 0         => held b whole, reply held | running 1.2 open
+        30 send c to 2         => held c, reply held | running 1.2 open
+        30 send e to 2         => held e whole, reply held, freeze 0+2, aggregate | running 1.2 frozen
+    """,
+    "a whole pipeline waits for one that is replaced": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab cd          => formed ab:0 cd:1, job running | running 1.1 open
+        20 send a to 0         => held a, reply held | running 1.1 open
+        20 send b to 0         => held b whole, reply held | running 1.1 open
+        49 abandon 1 spare ce  => lost 1, formed ce:2 again | running 1.2 open
+        80 tick                => wrap up | running 1.2 open
+        100 tick               => freeze 0 late 2, aggregate | running 1.2 frozen
+    """,
+    "in the second half of a round what is lost is left out": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab cd          => formed ab:0 cd:1, job running | running 1.1 open
+        50 lost d spare ce     => lost 1 | running 1.1 open
+        60 send a to 0         => held a, reply held | running 1.1 open
+        60 send b to 0         => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+    """,
+    "without a spare node what is lost is left out": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab cd          => formed ab:0 cd:1, job running | running 1.1 open
+        1 lost d               => lost 1 | running 1.1 open
+    """,
+    "who was taken meanwhile is no spare": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab cd          => formed ab:0 cd:1, job running | running 1.1 open
+        1 lost d spare cb      => lost 1 | running 1.1 open
+    """,
+    "with every pipeline lost the round is formed anew": """
+        0 begin                => opened 1, form | waiting 1.0 open
+        0 offer ab             => formed ab:0, job running | running 1.1 open
+        1 lost b spare ac      => lost 0, job waiting, form | waiting 1.1 open
+        1 offer ac             => formed ac:1, job running | running 1.2 open
+    """,
+    "three repairs of a round are enough, and a quorum is of the first forming": """
+        0 begin quorum         => opened 1, form | waiting 1.0 open
+        0 offer a b c de       => formed a:0 b:1 c:2 de:3, job running | running 1.1 open
+        1 lost e spare df      => lost 3, formed df:4 again | running 1.2 open
+        2 lost f spare dg      => lost 4, formed dg:5 again | running 1.3 open
+        3 lost g spare dh      => lost 5, formed dh:6 again | running 1.4 open
+        4 lost h spare di      => lost 6 | running 1.4 open
+        20 send a to 0         => held a whole, reply held | running 1.4 open
+        20 send b to 1         => held b whole, reply held | running 1.4 open
+        20 send c to 2         => held c whole, reply held, freeze 0+1+2, aggregate | running 1.4 frozen
+    """,
     "a pause closes the round: what is whole counts": """
         0 begin         => opened 1, form | waiting 1.0 open
         0 offer ab cd   => formed ab:0 cd:1, job running | running 1.1 open
@@ -369,10 +424,10 @@ def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
                 generation = int(rest[1])
             number = int(rest[1]) if rest[:1] == ["in"] else state.round
             return Contribution(now_s, number, generation, int(pipeline_id), peer[0], peer.encode())
-        case ["lost", peer]:
-            return NodeLost(now_s, peer, f"node {peer} fell silent")
-        case ["abandon", pipeline_id]:
-            return Abandoned(now_s, state.round, int(pipeline_id), "out of memory")
+        case ["lost", peer, *rest]:
+            return NodeLost(now_s, peer, f"node {peer} fell silent", _plans(" ".join(rest[1:])))
+        case ["abandon", pipeline_id, *rest]:
+            return Abandoned(now_s, state.round, int(pipeline_id), "out of memory", _plans(" ".join(rest[1:])))
         case ["tick"]:
             return Tick(now_s)
         case ["aggregated"]:
@@ -406,7 +461,7 @@ def _show(effect: Effect) -> str:
             return f"opened {number}"
         case PipelinesFormed(_, _, pipelines):
             words = ("".join(m.peer for m in p.members) + f":{p.pipeline_id}" for p in pipelines)
-            return f"formed {' '.join(words)}"
+            return f"formed {' '.join(words)}{' again' if pipelines[0].repair else ''}"
         case ContributionHeld(_, _, held, whole):
             return f"held {held.peer}{' whole' if whole else ''}"
         case PipelineLost(_, pipeline_id, _):

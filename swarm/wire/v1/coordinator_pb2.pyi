@@ -61,8 +61,11 @@ class RegisterRequest(_message.Message):
     ADDRS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    TOKEN_BLOCK_S_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     dtype: _builtins.str
+    token_block_s: _builtins.float
+    """seconds a token and block takes here, forward; 0: not measured"""
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     @_builtins.property
@@ -77,10 +80,11 @@ class RegisterRequest(_message.Message):
         addrs: _abc.Iterable[_builtins.str] | None = ...,
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        token_block_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "device", b"device", "dtype", b"dtype", "hello", b"hello", "span", b"span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "device", b"device", "dtype", b"dtype", "hello", b"hello", "span", b"span", "token_block_s", b"token_block_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -175,6 +175,8 @@ class SimNode:
     lineage: int = 0
     slow_lead: str = ""
     """Pipelines led by the node of this name train until they are asked to wrap up: two inner steps."""
+    blames: str = ""
+    """As a lead it gives up every pipeline with the node of this name, as if that one were gone."""
     owner_interferes: bool = False
     """Rounds may be closed or discarded under the node's hands."""
 
@@ -221,6 +223,8 @@ class SimNode:
                 continue
             done.add(key)
             try:
+                if await self.gave_up(part):
+                    continue
                 receipt = await self.train(part)
                 if self.owner_interferes and receipt.verdict in (pb.VERDICT_LATE, pb.VERDICT_REJECTED):
                     continue
@@ -229,6 +233,21 @@ class SimNode:
                 await self.settle(part)
             except ContributionError:
                 continue  # the round ended meanwhile: the next assignment is on its way
+
+    async def gave_up(self, part: pb.Assignment) -> bool:
+        blamed = identity(self.blames).peer_id if self.blames else ""
+        if part.index or blamed not in [hop.peer_id for hop in part.hops]:
+            # The node that others call gone is gone: it waits to be given up.
+            return bool(self.blames) and self.peer == blamed
+        request = pb.AbandonRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            reason=common_pb2.Error(code="SW303", cause=f"{self.blames} went away", blame=blamed),
+        )
+        await self.service.abandon(self.peer, request)
+        return True
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
         """One round up to the held contribution."""
@@ -369,6 +388,7 @@ class SimNode:
             self.params.update(unpack_block(block, of_block))
 
 
+SPARE = ("e", Span(1, 4))
 TWO_PIPELINES = (("a", Span(0, 2)), ("b", Span(2, 4)), ("c", Span(0, 2)), ("d", Span(1, 4)))
 
 
@@ -379,16 +399,19 @@ async def run_job(
     acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None,
     owner: Callable[[CoordinatorService, str], Awaitable[None]] | None = None,
     slow_lead: str = "",
+    dead: str = "",
 ) -> pb.JobStatus:
     """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands.
 
-    `owner` is what the submitter does meanwhile; it returns once the job has ended.
+    `owner` is what the submitter does meanwhile; it returns once the job has ended. With `dead`, the
+    node of that name is given up by its lead whenever it is assigned, and a fifth one is there.
     """
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
     service = coordinator.service
-    nodes = [SimNode(service, name, span, acknowledged) for name, span in TWO_PIPELINES]
+    spans = [*TWO_PIPELINES, *([SPARE] if dead else [])]
+    nodes = [SimNode(service, name, span, acknowledged) for name, span in spans]
     for node in nodes:
-        node.owner_interferes, node.slow_lead = owner is not None, slow_lead
+        node.owner_interferes, node.slow_lead, node.blames = owner is not None or bool(dead), slow_lead, dead
     for node in nodes:
         await node.register()
     try:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-from coordinator_sim import job_spec, meddle, run_job
+from coordinator_sim import identity, job_spec, meddle, run_job
 
 from coordinator.ports import CoordinatorSettings
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -33,6 +33,8 @@ JOBS = {
     "owner": (job_spec(schedule=SCHEDULE), meddle),
     # One pipeline is whole, which is a quorum, and the other one contributes two of its three inner steps.
     "partial": (job_spec(schedule=SCHEDULE | {"rounds": 2, "quorum": 0.5}), None),
+    # In every round one pipeline is given up by its lead, and repaired with a fifth node.
+    "repair": (job_spec(), None),
     # What the job would have been without its owner, as far as that owner lets it go.
     "straight": (job_spec(schedule=SCHEDULE | {"rounds": 3}), None),
 }
@@ -81,7 +83,9 @@ def run(folder: Path, kill_at: int | str, job: str) -> None:
     settings = CoordinatorSettings(durable_point=killer, silent_s=600.0, recovery_grace_s=600.0)
     spec, owner = JOBS[job]
     slow_lead = "c" if job == "partial" else ""
-    status = asyncio.run(asyncio.wait_for(run_job(folder / "data", spec, settings, note, owner, slow_lead), 60))
+    # Of the two nodes with one span the first by peer id is placed, the other one is the spare.
+    dead = min("de", key=lambda name: identity(name).peer_id) if job == "repair" else ""
+    status = asyncio.run(asyncio.wait_for(run_job(folder / "data", spec, settings, note, owner, slow_lead, dead), 60))
     result = {"hashes": [entry.params_hash.hex() for entry in status.history], "names": killer.names}
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -77,3 +77,16 @@ def test_pipelines_that_contribute_in_part_may_be_cut_anywhere(tmp_path: Path) -
             assert result[key] == fault_free[key], where
         assert result["lost"] == [], where
         assert [kind for _, kind in result["log"]].count("wrap_up") == 2, where
+
+
+def test_repairs_may_be_cut_anywhere(tmp_path: Path) -> None:
+    fault_free, *killed = crash(tmp_path, "repair")
+    assert fault_free["accepted"] == 8
+    assert any("PipelineLost + PipelinesFormed" in result["name"] for result in killed)
+    for result in killed:
+        where = f"killed at {result['name']}"
+        assert set(result["lives"]) <= {137, 0}, where
+        closed = [at for start, end in result["closed"] for at in range(start, end)]
+        assert (len(closed), len(set(closed))) == (24, 24), where
+        for key in ("hashes", "accepted"):
+            assert result[key] == fault_free[key], where

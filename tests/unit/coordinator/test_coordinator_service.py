@@ -30,6 +30,7 @@ from coordinator.ledger import log_entry_hash
 from coordinator.ports import CoordinatorSettings
 from coordinator.round_model import Standing
 from coordinator.storage import Storage
+from swarm.config import InnerSettings, job_from_json
 from swarm.errors import (
     ConfigError,
     ContributionError,
@@ -43,6 +44,7 @@ from swarm.errors import (
 )
 from swarm.identity import verify
 from swarm.ids import Span, sha256
+from swarm.optim.schedule import global_step, learning_rate
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import hello
@@ -532,3 +534,55 @@ async def test_a_slow_pipeline_contributes_what_it_has(tmp_path: Path) -> None:
         storage = swarm.coordinator._shared.storage
         counts = {x.pipeline_id: sum(r.end - r.start for r in x.ranges) for x in storage.leases(part.job_id)[:2]}
         assert counts == {part.pipeline_id: 4, 1 - part.pipeline_id: 6}
+
+
+async def test_a_lost_stage_is_replaced_within_the_round(tmp_path: Path) -> None:
+    async with opened(tmp_path) as swarm:
+        await swarm.join(*TWO_PIPELINES)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"min_pipelines": 2}))
+        lead = swarm.nodes["a"]
+        part = await lead.assigned()
+        mate = next(n for n in swarm.nodes.values() if n.peer == part.hops[1].peer_id)
+        (spare,) = await swarm.join(("e", Span(1, 4)))
+        seen = await spare.poll()
+        assert seen.reason == "job poems takes nodes on when its next round starts"
+        error = common_pb2.Error(code="SW303", cause="the stage went away", blame=mate.peer)
+        request = pb.AbandonRequest(
+            job_id=part.job_id, round=1, generation=1, pipeline_id=part.pipeline_id, reason=error
+        )
+        await swarm.service.abandon(lead.peer, request)
+        again = await lead.assigned()
+        assert ([hop.peer_id for hop in again.hops], again.generation) == ([lead.peer, spare.peer], 2)
+        assert not (await mate.poll()).HasField("assignment")
+        await swarm.round(*(name for name, node in swarm.nodes.items() if node is not mate))
+        assert {n.receipts[1].verdict for n in swarm.nodes.values() if n is not mate} == {pb.VERDICT_ACCEPTED}
+        # The samples that the lost pipeline had are those of its repair.
+        assert lead.leased[1, 2] == [(0, 6)] or lead.leased[1, 2] == [(6, 12)]
+
+
+async def test_a_joiner_goes_on_where_the_job_is(swarm: Swarm) -> None:
+    """Outer state, position in the data and inner step are the job's, not the joiner's."""
+    await swarm.join(*ONE_PIPELINE)
+    await submit(swarm.service, "me", job_spec(schedule=ONE | {"rounds": 4}))
+    for number in (1, 2):
+        await swarm.until(lambda number=number: swarm.driver.state.round == number)
+        await swarm.round("a", "b")
+    await swarm.until(lambda: swarm.driver.state.generation == 1 and swarm.driver.state.round == 3)
+    joiner, _ = await swarm.join(("c", Span(0, 2)), ("d", Span(2, 4)))
+    assert not (await joiner.poll()).HasField("assignment"), "it counts from the next round"
+    await swarm.round("a", "b")
+    await swarm.until(lambda: swarm.driver.state.generation == 1 and swarm.driver.state.round == 4)
+    part = await joiner.assigned()
+    await swarm.round("a", "b", "c", "d")
+    # Its parameters were the snapshot after round 3, the same as everybody's.
+    assert joiner.hashes == {3: swarm.nodes["a"].hashes[3]}
+    assert all((joiner.params[key] == value).all() for key, value in swarm.nodes["a"].params.items())
+    # Three rounds of six samples were accepted before: it leases behind them.
+    leases = sorted(swarm.nodes["a"].leased[4, 1] + joiner.leased[4, 1])
+    assert leases == [(18, 24), (24, 30)]
+    # And its learning rate is that of the job's tenth inner step.
+    spec = job_from_json(part.spec_json)
+    warm = InnerSettings(lr=1.0, warmup_steps=19, decay="linear")
+    first = global_step(part.round, spec.schedule.inner_steps, 0)
+    assert (first, learning_rate(warm, first, 40)) == (9, 0.5)
+    assert {node.receipts[4].verdict for node in swarm.nodes.values()} == {pb.VERDICT_ACCEPTED}

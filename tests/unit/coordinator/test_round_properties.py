@@ -45,7 +45,7 @@ from coordinator.round_model import (
     Settings,
     Standing,
 )
-from coordinator.rounds import advance, begin, recover
+from coordinator.rounds import advance, begin, broken_by, recover
 from swarm.ids import Span
 
 N_BLOCKS = 4
@@ -156,7 +156,7 @@ class RoundsMachine(RuleBasedStateMachine):
     @rule(peer=PEERS)
     def node_is_lost(self, peer: str) -> None:
         self.here.discard(peer)
-        self._step(NodeLost(self.now_s, peer, "silent"))
+        self._step(NodeLost(self.now_s, peer, "silent", self._spares(broken_by(self.state, peer))))
 
     @rule(peer=PEERS, payload=st.sampled_from([b"x", b"y"]), back=st.integers(0, 1), other=st.booleans())
     def contribution(self, peer: str, payload: bytes, back: int, other: bool) -> None:
@@ -196,7 +196,8 @@ class RoundsMachine(RuleBasedStateMachine):
     def lead_abandons(self, peer: str) -> None:
         for pipeline in self.state.pipelines:
             if pipeline.members[0].peer == peer:
-                self._step(Abandoned(self.now_s, self.state.round, pipeline.pipeline_id, "out of memory"))
+                number = pipeline.pipeline_id
+                self._step(Abandoned(self.now_s, self.state.round, number, "out of memory", self._spares([number])))
 
     @rule()
     def owner_resumes(self) -> None:
@@ -260,6 +261,16 @@ class RoundsMachine(RuleBasedStateMachine):
     def _offer(self) -> None:
         plans, missing = self._placement()
         self._step(Offer(self.now_s, plans, missing))
+
+    def _spares(self, broken: list[int]):  # type: ignore[no-untyped-def]
+        taken = {
+            member.peer
+            for pipeline in self.state.with_standing(Standing.ACTIVE, Standing.WHOLE)
+            if pipeline.pipeline_id not in broken
+            for member in pipeline.members
+        }
+        nodes = [node for node in NODES if node.peer in self.here - taken]
+        return form_pipelines(nodes, N_BLOCKS).pipelines
 
     def _placement(self):  # type: ignore[no-untyped-def]
         placement = form_pipelines([node for node in NODES if node.peer in self.here], N_BLOCKS)
