@@ -15,13 +15,17 @@ from coordinator.round_model import Rules
 from swarm.config import JobSpec, parse_job
 from swarm.errors import ConfigError
 
-CHANGEABLE = ("schedule.rounds", "schedule.round_deadline_s", "schedule.min_pipelines", "schedule.quorum", "inner.lr")
+CHANGEABLE = (
+    *("schedule.rounds", "schedule.round_deadline_s", "schedule.min_pipelines", "schedule.quorum"),
+    *("inner.lr", "early_stopping.patience", "early_stopping.min_delta"),
+)
 _SHORT = {key.partition(".")[2]: key for key in CHANGEABLE if key.startswith("schedule.")}
 
 _WHY_NOT = {
     "name": "adapters and folders are already named by it",
     "model": "a job belongs to one base model",
     "method": "the adapters that were trained so far would not fit",
+    "eval": "scores of different samples cannot be compared",
     "data": "the samples accepted so far are of this file",
     "schedule": "which samples a lease holds, and their order, follow from it",
     "inner": "nodes build their optimizers with it when they join",
@@ -40,6 +44,9 @@ def rules_of(spec: JobSpec, fruitless_generations: int) -> Rules:
         fruitless_generations=fruitless_generations,
         quorum=spec.schedule.quorum,
         inner_steps=spec.schedule.inner_steps,
+        eval_every=spec.eval.every if spec.eval else 0,
+        patience=spec.early_stopping.patience if spec.early_stopping else 0,
+        min_delta=spec.early_stopping.min_delta if spec.early_stopping else 0.0,
     )
 
 
@@ -54,8 +61,9 @@ def changed_spec(spec: JobSpec, values: Mapping[str, str], open_round: int) -> t
         section, _, name = key.partition(".")
         if key not in CHANGEABLE:
             raise ConfigError(f"{given} cannot change while a job runs: {_reason(section)}", _can())
-        told.append(f"{key} {whole[section][name]} → {text}")
-        whole[section] = whole[section] | {name: _value(given, text)}
+        before = whole[section] or {}
+        told.append(f"{key} {before.get(name, 'unset')} → {text}")
+        whole[section] = before | {name: _value(given, text)}
     changed = parse_job(whole, "the changed job")
     if changed.schedule.rounds < open_round:
         raise ConfigError(

@@ -27,6 +27,7 @@ from coordinator.round_model import (
     Step,
 )
 from coordinator.round_steps import FORMING, adopt, changed, freeze, lose, obey, waiting
+from coordinator.scoring import without_score
 
 
 def ordered(state: RoundsState, event: Pause | Stop) -> Step:
@@ -44,8 +45,9 @@ def ordered(state: RoundsState, event: Pause | Stop) -> Step:
     if state.phase is Phase.OPEN and state.with_standing(Standing.WHOLE):
         after, effects = freeze(state)
         return after, (*records, changed(after), *effects)
+    state, unscored = without_score(state, event.reason)
     after, effects = obey(state)
-    return after, (*records, *effects)
+    return after, (*records, *unscored, *effects)
 
 
 def resumed(state: RoundsState, event: Resume) -> Step:
@@ -77,12 +79,13 @@ def rewound(state: RoundsState, event: Rewind) -> Step:
         fruitless=0,
         pipelines=(),
         recent_s=event.recent_s,
+        best=event.best,
         wrapping=False,
         deadline_s=None,
     )
     return after, (
         *adopted,
-        Rewound(event.round, lineage, state.committed - event.round),
+        Rewound(event.round, lineage, state.committed - event.round, event.best),
         RoundOpened(after.round, lineage),
         changed(after),
         FormPipelines(),

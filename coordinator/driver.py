@@ -10,6 +10,7 @@ read again before anything else, so that memory never runs ahead of it or behind
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -34,6 +35,7 @@ from coordinator.round_events import (
     NextRound,
     NodeLost,
     Offer,
+    Scored,
     Tick,
 )
 from coordinator.round_model import (
@@ -212,6 +214,25 @@ class JobDriver:
         """One step, whether or not who asked for it waits for its end."""
         await self._background.uncancelled(self._apply(event))
 
+    async def report_score(
+        self, caller: str, round: int, generation: int, pipeline_id: int, loss: float, tokens: int
+    ) -> None:
+        """The held-out loss of a committed round. A late one changes nothing. Raises ContributionError: not asked."""
+        state = self._state
+        pipeline = state.pipeline(pipeline_id) if round == state.round else None
+        if pipeline is None or pipeline.generation != generation or pipeline.members[0].peer != caller:
+            raise ContributionError(f"the node does not lead pipeline {pipeline_id} of round {round}")
+        if not (math.isfinite(loss) and loss >= 0 and tokens > 0):
+            raise ContributionError(f"a held-out loss of {loss} over {tokens} tokens", "look at the node's log")
+        if state.scorer == pipeline_id:
+            await self.decide(Scored(round, loss, tokens))
+
+    @property
+    def adapter_round(self) -> int:
+        """Whose adapter the job is known by: with early stopping the best round's, else the newest."""
+        best = self._state.best
+        return best.round if self.spec.early_stopping is not None and best is not None else self.committed_round
+
     def outcome_of(self, round: int) -> Outcome:
         """What is kept of a committed round. Raises JobConflict."""
         if round not in self.kept_rounds:
@@ -356,10 +377,16 @@ class JobDriver:
             raise StorageError(f"the database lacks the outcome of round {round}")
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
-        await self._apply(CommitNow(round))
-        for old in [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]:
-            del self.published[old]
+        await self._apply(CommitNow(round, self._now()))
+        self._forget_old(round)
         await self._neighbours.collect()
+
+    def _forget_old(self, round: int) -> None:
+        best = self._state.best
+        old = [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]
+        for number in old:
+            if best is None or number != best.round:
+                del self.published[number]
 
     async def _contribute(self, event: Contribution, submission: ContributionRecord | None) -> bytes:
         if submission is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from coordinator.records import ContributionRecord, RoundSummary
 from coordinator.records import LogLine as Line
 from coordinator.round_model import (
+    Best,
     ContributionHeld,
     JobChanged,
     JobState,
@@ -21,6 +22,7 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundScored,
     SettingsAdopted,
     SettingsStored,
     WrapUp,
@@ -83,6 +85,11 @@ def lines(
             )
             size = summary.contribution_bytes + summary.update_bytes
             return [Line("round_committed", number, text, loss=summary.loss, tokens=summary.tokens, size=size)]
+        case RoundScored(number, None, _, _, reason):
+            return [Line("round_not_scored", number, reason[:_MAX_TEXT])]
+        case RoundScored(number, loss, tokens, best):
+            again = "the best so far" if best is not None and best.round == number else _stale(best)
+            return [Line("round_scored", number, f"held-out loss {loss:.4f}, {again}", loss=loss, tokens=tokens)]
         case JobChanged(_, _, _, order) if order is not None:
             return [Line(f"{order.kind}_ordered", round, f"{order.reason}; the round is closed first")]
         case JobChanged(state, reason) if state is not JobState.RUNNING:
@@ -98,6 +105,10 @@ def lines(
 
 
 _NONE = (0, 0, None)
+
+
+def _stale(best: Best | None) -> str:
+    return "" if best is None else f"the best is round {best.round}'s {best.loss:.4f}"
 
 
 def _formed(pipeline: Pipeline) -> str:

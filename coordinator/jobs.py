@@ -78,32 +78,48 @@ class Jobs:
     # --- taking a job in ----------------------------------------------------------------------
 
     async def submit(
-        self, submitter: str, spec_json: str, dataset: bytes, dataset_size: int, samples: int
+        self,
+        submitter: str,
+        spec_json: str,
+        dataset: bytes,
+        dataset_size: int,
+        samples: int,
+        heldout: tuple[bytes, int, int] = (b"", 0, 0),
     ) -> JobDriver:
-        """Store a job and start it.
+        """Store a job and start it. `heldout`: hash, size and samples of the evaluation file.
 
         Raises ConfigError: the specification; JobConflict: its name is taken, or too many jobs;
         SwarmError of the adapter source: the method does not fit the model. Stores nothing then.
         """
         # Through a task of its own: a submitter that hangs up leaves a whole job or none.
         return await asyncio.shield(
-            asyncio.ensure_future(self._submit(submitter, job_from_json(spec_json), dataset, dataset_size, samples))
+            asyncio.ensure_future(
+                self._submit(submitter, job_from_json(spec_json), (dataset, dataset_size, samples), heldout)
+            )
         )
 
     async def _submit(
-        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+        self, submitter: str, spec: JobSpec, train: tuple[bytes, int, int], heldout: tuple[bytes, int, int]
     ) -> JobDriver:
         async with self._submitting:
             self._refuse_conflicts(spec)
-            if not 1 <= samples <= dataset_size:
-                raise ConfigError(f"data.train cannot hold {samples} samples in {dataset_size} bytes")
-            if await asyncio.to_thread(self._shared.blobs.size, dataset) != dataset_size:
-                raise StorageError("the dataset is not uploaded", "upload it again, then submit the job")
-            return await self._create(submitter, spec, dataset, dataset_size, samples)
+            if (spec.eval is None) != (heldout == (b"", 0, 0)):
+                raise ConfigError("a held-out file comes with `eval`, and the other way round")
+            await self._refuse_absent("data.train", *train)
+            if spec.eval is not None:
+                await self._refuse_absent("eval.data", *heldout)
+            return await self._create(submitter, spec, train, heldout)
+
+    async def _refuse_absent(self, key: str, digest: bytes, size: int, samples: int) -> None:
+        if not 1 <= samples <= size:
+            raise ConfigError(f"{key} cannot hold {samples} samples in {size} bytes")
+        if await asyncio.to_thread(self._shared.blobs.size, digest) != size:
+            raise StorageError(f"the file of {key} is not uploaded", "upload it again, then submit the job")
 
     async def _create(
-        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+        self, submitter: str, spec: JobSpec, train: tuple[bytes, int, int], heldout: tuple[bytes, int, int]
     ) -> JobDriver:
+        dataset, dataset_size, samples = train
         shared = self._shared
         shapes = await asyncio.to_thread(shared.model.adapters.shapes, spec.method)
         trainable = sum(math.prod(shape) for shape in shapes.values())
@@ -119,6 +135,9 @@ class Jobs:
             dataset_size=dataset_size,
             samples=samples,
             trainable_parameters=trainable,
+            heldout=heldout[0],
+            heldout_size=heldout[1],
+            heldout_samples=heldout[2],
         )
         state, _ = begin(rules_of(spec, shared.settings.fruitless_generations))
         await asyncio.to_thread(self._store_new, job, spec, shapes, state)
@@ -156,7 +175,9 @@ class Jobs:
         ledger = self._ledger(job, spec)
         stored = ledger.load()
         committed = stored.state.committed
-        kept = range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)
+        kept = {*range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)}
+        if stored.state.best is not None:
+            kept.add(stored.state.best.round)
         outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
         return JobDriver(
             job,

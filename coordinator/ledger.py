@@ -31,8 +31,10 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundScored,
     RoundsState,
     Rules,
+    ScoringBegun,
     Settings,
     SettingsAdopted,
     SettingsStored,
@@ -174,8 +176,14 @@ class JobLedger:
                 storage.set_next_spec(job_id, spec_json)
             case SettingsAdopted(spec_json):
                 storage.set_spec(job_id, spec_json)
-            case Rewound(round, lineage):
+            case ScoringBegun(round, pipeline_id):
+                storage.set_scorer(job_id, round, pipeline_id)
+            case RoundScored(round, loss, tokens, best):
+                storage.set_score(job_id, round, loss, tokens)
+                storage.set_best(job_id, best)
+            case Rewound(round, lineage, _, best):
                 storage.discard_after(job_id, round, lineage)
+                storage.set_best(job_id, best)
                 book = leases.restore(storage.leases(job_id))
         return book
 

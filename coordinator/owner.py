@@ -14,6 +14,7 @@ from coordinator.changes import changed_spec, rules_of
 from coordinator.driver import JobDriver, Shared
 from coordinator.round_events import Change, Pause, Resume, Rewind, Stop
 from coordinator.round_model import JobState, OrderKind, Settings
+from coordinator.scoring import best_of
 from swarm.config import job_from_json
 from swarm.errors import JobConflict, NotJobOwner
 
@@ -56,7 +57,9 @@ class Owner:
         storage, job_id = self._shared.storage, driver.job.job_id
         generations = await asyncio.to_thread(storage.generations_after, job_id, round)
         recent_s = await asyncio.to_thread(storage.recent_times, job_id, round)
-        await driver.decide(Rewind(round, generations, recent_s))
+        scores = await asyncio.to_thread(storage.scores, job_id, round)
+        best = best_of(scores, state.rules.min_delta)
+        await driver.decide(Rewind(round, generations, recent_s, best))
 
     async def change(self, values: Mapping[str, str]) -> None:
         """New settings, from the next forming of pipelines on. Raises JobConflict, ConfigError."""

@@ -29,6 +29,9 @@ class JobRecord:
     dataset_size: int
     samples: int
     trainable_parameters: int
+    heldout: bytes = b""
+    heldout_size: int = 0
+    heldout_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class RoundSummary:
     loss: float | None
     update_bytes: int
     params_hash: bytes
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.placement import PipelinePlan
-from coordinator.round_model import Settings
+from coordinator.round_model import Best, Settings
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ class AggregateDone:
 @dataclass(frozen=True)
 class CommitNow:
     round: int
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The held-out loss of the committed round, from the lead that was asked."""
+
+    round: int
+    loss: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -103,12 +113,13 @@ class Resume:
 class Rewind:
     """A paused job goes on from the end of `round`.
 
-    `generations` is the highest one in a later round; `recent_s` as the state had it then.
+    `generations` is the highest one in a later round; `recent_s` and `best` as they were then.
     """
 
     round: int
     generations: int
     recent_s: tuple[float, ...] = ()
+    best: Best | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ Event = (
     | Tick
     | AggregateDone
     | CommitNow
+    | Scored
     | NextRound
     | Pause
     | Stop

@@ -55,6 +55,11 @@ class Rules:
     quorum: float = 1.0
     """Share of a round's pipelines; once they are whole, the rest has a grace."""
     inner_steps: int = 1
+    eval_every: int = 0
+    """Rounds from one held-out evaluation to the next; 0: none."""
+    patience: int = 0
+    """Evaluations without a better one that end the job; 0: none do."""
+    min_delta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,15 @@ class Settings:
     spec_json: str
     text: str = field(default="", compare=False)
     """What changed, for the log; not kept beside it."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The round with the best held-out loss, and how many evaluations came after it."""
+
+    round: int
+    loss: float
+    stale: int
 
 
 class OrderKind(StrEnum):
@@ -138,6 +152,9 @@ class RoundsState:
     """What the newest accepted pipelines of committed rounds took, oldest first."""
     wrapping: bool = False
     """The open round asks its pipelines to contribute what they have."""
+    scorer: int | None = None
+    """The pipeline whose lead scores the round that is committed; the next one waits for it."""
+    best: Best | None = None
     began_s: float | None = None
     wrap_s: float | None = None
 
@@ -276,6 +293,25 @@ class Rewound:
     lineage: int
     discarded: int
     """How many committed rounds."""
+    best: Best | None = None
+    """Of the rounds that stay."""
+
+
+@dataclass(frozen=True)
+class ScoringBegun:
+    round: int
+    pipeline_id: int
+
+
+@dataclass(frozen=True)
+class RoundScored:
+    """`loss` is None if nobody could say it; `reason` says why then."""
+
+    round: int
+    loss: float | None
+    tokens: int
+    best: Best | None
+    reason: str
 
 
 Record = (
@@ -291,6 +327,8 @@ Record = (
     | SettingsStored
     | SettingsAdopted
     | Rewound
+    | ScoringBegun
+    | RoundScored
 )
 
 

@@ -39,6 +39,7 @@ from coordinator.round_events import (
     Pause,
     Resume,
     Rewind,
+    Scored,
     Stop,
     Tick,
 )
@@ -79,6 +80,7 @@ from coordinator.round_steps import (
     swap,
     timed,
 )
+from coordinator.scoring import ask_next, begin_scoring, due, in_time, onward, scored
 
 REPAIR_SHARE = 0.5
 """Of a round's time: what is lost later could not be trained again within the rest."""
@@ -101,6 +103,8 @@ def recover(state: RoundsState, now_s: float) -> Step:
             return state, (Aggregate(state.round),)
         case Phase.AGGREGATED:
             return state, (Commit(state.round),)
+        case Phase.COMMITTED if state.scorer is not None:
+            return in_time(state, now_s), ()
         case Phase.COMMITTED:
             return state, (OpenNext(state.round + 1),)
         case Phase.OPEN:
@@ -130,6 +134,8 @@ def advance(state: RoundsState, event: Event) -> Step:
             return after, (RoundAggregated(event.round), Commit(event.round))
         case CommitNow():
             return _committed(state, event)
+        case Scored():
+            return scored(state, event)
         case NextRound():
             return _next_round(state, event)
         case Pause() | Stop():
@@ -247,10 +253,15 @@ def may_repair(state: RoundsState, now_s: float) -> bool:
 
 
 def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+    scorer = None if state.scorer is None else state.pipeline(state.scorer)
+    if scorer is not None and scorer.has(event.peer):
+        return ask_next(state, event.now_s, event.reason)
     return _lost(state, broken_by(state, event.peer), event.reason, event.now_s, event.spares)
 
 
 def _abandoned(state: RoundsState, event: Abandoned) -> Step:
+    if state.scorer == event.pipeline_id and event.round == state.round:
+        return ask_next(state, event.now_s, event.reason)
     pipeline = state.pipeline(event.pipeline_id)
     if (
         state.phase is not Phase.OPEN
@@ -263,6 +274,8 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
 
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
+    if state.scorer is not None and state.deadline_s is not None and event.now_s >= state.deadline_s:
+        return ask_next(state, event.now_s, "no held-out loss was reported in time")
     if state.phase is not Phase.OPEN or state.deadline_s is None:
         return state, ()
     if event.now_s < state.deadline_s:
@@ -323,17 +336,19 @@ def _committed(state: RoundsState, event: CommitNow) -> Step:
     took_s = tuple(p.took_s for p in state.with_standing(Standing.WHOLE) if p.took_s is not None)
     recent_s = (*state.recent_s, *took_s)[-RECENT:]
     after, adopted = adopt(replace(state, phase=Phase.COMMITTED, recent_s=recent_s))
-    if event.round >= after.rules.rounds:
-        after, effects = finish(after)
-    elif after.order is not None:
-        after, effects = obey(after)
+    if after.order is not None:
+        after, effects = finish(after) if event.round >= after.rules.rounds else obey(after)
+    elif due(after.rules, event.round):
+        after, effects = begin_scoring(after, event.now_s)
     else:
-        effects = (OpenNext(event.round + 1),)
+        after, effects = onward(after)
     return after, (RoundCommitted(event.round, accepted), *adopted, *effects)
 
 
 def _next_round(state: RoundsState, event: NextRound) -> Step:
     if state.phase is not Phase.COMMITTED or state.job in (JobState.FINISHED, JobState.PAUSED):
+        return state, ()
+    if state.scorer is not None:
         return state, ()
     if state.round >= state.rules.rounds:
         return finish(state)

@@ -126,6 +126,15 @@ class CoordinatorService:
             )
         return pb.AbandonReply()
 
+    async def report_score(self, caller: str, request: pb.ReportScoreRequest) -> pb.ReportScoreReply:
+        """Raises JobNotFound, ContributionError."""
+        async with self._heard(caller):
+            driver = self._jobs.find(request.job_id)
+            await driver.report_score(
+                *(caller, request.round, request.generation, request.pipeline_id, request.loss, request.tokens)
+            )
+        return pb.ReportScoreReply()
+
     # --- pieces -------------------------------------------------------------------------------
 
     async def put_piece(self, caller: str, request: pb.PutPieceRequest) -> pb.PutPieceReply:
@@ -152,7 +161,8 @@ class CoordinatorService:
         """Raises ConfigError, VersionError, ModelMismatch, JobConflict, StorageError."""
         check_hello(request.hello, self._shared.model.model_hash)
         driver = await self._jobs.submit(
-            caller, request.spec_json, request.dataset, request.dataset_size, request.samples
+            *(caller, request.spec_json, request.dataset, request.dataset_size, request.samples),
+            heldout=(request.heldout, request.heldout_size, request.heldout_samples),
         )
         return await self._status(driver)
 
@@ -257,7 +267,7 @@ class CoordinatorService:
         self, driver: JobDriver, rounds: int = _MAX_HISTORY, adapter_round: int | None = None
     ) -> pb.JobStatus:
         if adapter_round is None:
-            adapter_round = driver.committed_round
+            adapter_round = driver.adapter_round
         else:
             driver.outcome_of(adapter_round)
         storage, job_id = self._shared.storage, driver.job.job_id

@@ -28,7 +28,18 @@ from coordinator.records import (
     Outcome,
     RoundSummary,
 )
-from coordinator.round_model import Held, JobState, Order, OrderKind, Phase, Pipeline, RoundsState, Rules, Standing
+from coordinator.round_model import (
+    Best,
+    Held,
+    JobState,
+    Order,
+    OrderKind,
+    Phase,
+    Pipeline,
+    RoundsState,
+    Rules,
+    Standing,
+)
 from swarm.ids import Span
 
 _CONTRIBUTION = (
@@ -77,17 +88,18 @@ class Storage:
             JobRecord(*row)
             for row in self._read(
                 "SELECT job_id, name, spec_json, submitter, model_hash, dataset, dataset_size, samples,"
-                " trainable_parameters FROM job ORDER BY ordinal"
+                " trainable_parameters, heldout, heldout_size, heldout_samples FROM job ORDER BY ordinal"
             )
         ]
 
     def insert_job(self, job: JobRecord, state: JobState, reason: str) -> None:
         self._db.write(
             "INSERT INTO job (job_id, ordinal, name, spec_json, submitter, model_hash, dataset,"
-            " dataset_size, samples, trainable_parameters, state, reason)"
-            " VALUES (?, (SELECT count(*) FROM job), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " dataset_size, samples, trainable_parameters, state, reason, heldout, heldout_size, heldout_samples)"
+            " VALUES (?, (SELECT count(*) FROM job), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(job.job_id, job.name, job.spec_json, job.submitter, job.model_hash),
             *(job.dataset, job.dataset_size, job.samples, job.trainable_parameters, state.value, reason),
+            *(job.heldout, job.heldout_size, job.heldout_samples),
         )
 
     def set_job(self, job_id: str, state: JobState, reason: str, fruitless: int, order: Order | None = None) -> None:
@@ -97,6 +109,31 @@ class Storage:
             *((order.kind.value, order.reason) if order else ("", "")),
             job_id,
         )
+
+    def set_scorer(self, job_id: str, round: int, pipeline_id: int | None) -> None:
+        self._db.write("UPDATE round SET scorer = ? WHERE job_id = ? AND round = ?", pipeline_id, job_id, round)
+
+    def set_score(self, job_id: str, round: int, loss: float | None, tokens: int) -> None:
+        self._db.write(
+            "UPDATE round SET scorer = NULL, eval_loss = ?, eval_tokens = ? WHERE job_id = ? AND round = ?",
+            *(loss, tokens, job_id, round),
+        )
+
+    def set_best(self, job_id: str, best: Best | None) -> None:
+        self._db.write(
+            "UPDATE job SET best_round = ?, best_loss = ?, stale = ? WHERE job_id = ?",
+            *((best.round, best.loss, best.stale) if best else (None, None, 0)),
+            job_id,
+        )
+
+    def scores(self, job_id: str, through: int) -> list[tuple[int, float]]:
+        """Round and held-out loss of the scored rounds up to `through`, in order."""
+        rows = self._read(
+            "SELECT round, eval_loss FROM round WHERE job_id = ? AND round <= ? AND eval_loss IS NOT NULL"
+            " ORDER BY round",
+            *(job_id, through),
+        )
+        return [(round, loss) for round, loss in rows]
 
     def set_next_spec(self, job_id: str, spec_json: str) -> None:
         self._db.write("UPDATE job SET next_spec_json = ? WHERE job_id = ?", spec_json, job_id)
@@ -116,11 +153,14 @@ class Storage:
 
     def rounds_state(self, job_id: str, rules: Rules) -> RoundsState:
         """The job's newest round, as it was made durable; without a deadline."""
-        ((job, reason, fruitless, lineage, kind, why),) = self._read(
-            "SELECT state, reason, fruitless, lineage, order_kind, order_reason FROM job WHERE job_id = ?", job_id
+        ((job, reason, fruitless, lineage, kind, why, best_round, best_loss, stale),) = self._read(
+            "SELECT state, reason, fruitless, lineage, order_kind, order_reason, best_round, best_loss, stale"
+            " FROM job WHERE job_id = ?",
+            job_id,
         )
-        ((number, phase, generation, wrapping),) = self._read(
-            "SELECT round, phase, generation, wrap_up FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1", job_id
+        ((number, phase, generation, wrapping, scorer),) = self._read(
+            "SELECT round, phase, generation, wrap_up, scorer FROM round WHERE job_id = ? ORDER BY round DESC LIMIT 1",
+            job_id,
         )
         pipelines = self.pipelines(job_id, number)
         return RoundsState(
@@ -129,6 +169,8 @@ class Storage:
             lineage=lineage,
             recent_s=self.recent_times(job_id, number),
             wrapping=bool(wrapping),
+            scorer=scorer,
+            best=None if best_round is None else Best(best_round, best_loss, stale),
         )
 
     def recent_times(self, job_id: str, through: int) -> tuple[float, ...]:
@@ -379,7 +421,7 @@ class Storage:
             " count(c.peer), coalesce(sum(c.payload_size), 0),"
             " coalesce(sum(c.tokens) FILTER (WHERE c.lead AND c.counts), 0),"
             " avg(c.loss) FILTER (WHERE c.lead AND c.counts),"
-            " coalesce(o.update_size, 0), coalesce(o.params_hash, x'')"
+            " coalesce(o.update_size, 0), coalesce(o.params_hash, x''), r.eval_loss"
             " FROM round r"
             " LEFT JOIN contribution c ON c.job_id = r.job_id AND c.round = r.round"
             " LEFT JOIN outcome o ON o.job_id = r.job_id AND o.round = r.round"
@@ -432,6 +474,7 @@ class Storage:
             for (sha256,) in self._read(
                 "WITH newest AS (SELECT job_id, max(round) AS round FROM outcome GROUP BY job_id)"
                 " SELECT dataset FROM job WHERE state != 'finished'"
+                " UNION SELECT heldout FROM job WHERE state != 'finished'"
                 " UNION SELECT payload FROM contribution JOIN newest USING (job_id)"
                 "  WHERE contribution.round >= newest.round"
                 " UNION SELECT state_blob FROM outcome JOIN newest USING (job_id)"
@@ -441,7 +484,11 @@ class Storage:
                 " UNION SELECT snapshot_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round > newest.round - ?1"
                 " UNION SELECT sha256 FROM adapter_file JOIN newest USING (job_id)"
-                "  WHERE adapter_file.round > newest.round - ?1",
+                "  WHERE adapter_file.round > newest.round - ?1"
+                " UNION SELECT state_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
+                " UNION SELECT update_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
+                " UNION SELECT snapshot_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
+                " UNION SELECT sha256 FROM adapter_file JOIN job USING (job_id) WHERE adapter_file.round = best_round",
                 kept_rounds,
             )
         }

@@ -22,6 +22,7 @@ def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | No
     pipeline = driver.assignment_of(peer)
     if pipeline is None:
         return None
+    asked = driver.state.scorer == pipeline.pipeline_id and pipeline.members[0].peer == peer
     before = driver.published.get(driver.state.round - 1)
     hops = []
     for member in pipeline.members:
@@ -42,6 +43,9 @@ def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | No
         dataset_size=driver.job.dataset_size,
         base_hash=before.params_hash if before is not None else b"",
         lineage=driver.state.lineage,
+        score=asked,
+        heldout=driver.job.heldout,
+        heldout_size=driver.job.heldout_size,
     )
 
 
@@ -66,13 +70,13 @@ def _because(why: str | None) -> str:
 
 def finished_adapter(driver: JobDriver) -> pb.FinishedAdapter | None:
     """The adapter of a finished job."""
-    outcome = driver.published.get(driver.committed_round)
+    outcome = driver.published.get(driver.adapter_round)
     if driver.state.job is not JobState.FINISHED or outcome is None or not driver.committed_round:
         return None
     return pb.FinishedAdapter(
         name=driver.job.name,
         job_id=driver.job.job_id,
-        round=driver.committed_round,
+        round=driver.adapter_round,
         files=_files(outcome.files),
     )
 
@@ -146,6 +150,8 @@ def job_status(
         kept_rounds=[round for round in driver.kept_rounds if round],
         next_spec_json=state.next.spec_json if state.next is not None else "",
         submitter=job.submitter,
+        best_round=state.best.round if state.best is not None else 0,
+        best_loss=state.best.loss if state.best is not None else None,
     )
 
 
@@ -194,6 +200,8 @@ def _round_status(summary: RoundSummary, progress: Sequence[pb.TrainProgress], n
         # Wall-clock time may have been set back in between.
         seconds=max(0.0, (summary.committed_unix_s or now_unix_s) - summary.opened_unix_s),
     )
+    if summary.eval_loss is not None:
+        status.eval_loss = summary.eval_loss
     losses = [item.loss for item in progress if item.round == summary.round]
     if summary.loss is not None:
         status.loss = summary.loss

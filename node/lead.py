@@ -8,6 +8,7 @@ its chain. Only the positions that carry a label go through the LM head.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,19 @@ class LeadLoop:
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
         return collate(samples, self._tokenizer.pad_token_id or 0)
+
+    def heldout_batches(self, dataset: ChatDataset) -> Iterator[Batch]:
+        """The job's evaluation samples, the same ones every time. Raises DatasetError, UnsupportedModel."""
+        schedule, settings = self._spec.schedule, self._spec.eval
+        count = min(settings.samples, len(dataset)) if settings is not None else 0
+        indices = [sample_index(position, len(dataset), schedule.seed) for position in range(count)]
+        for first in range(0, count, schedule.batch_size):
+            chosen = indices[first : first + schedule.batch_size]
+            samples = [
+                encode_sample(self._tokenizer, dataset[index], schedule.max_length, dataset.line(index))
+                for index in chosen
+            ]
+            yield collate(samples, self._tokenizer.pad_token_id or 0)
 
     async def inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:
         """Forward, loss, backward and one optimizer step of every stage; returns the batch's loss."""

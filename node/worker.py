@@ -9,7 +9,7 @@ unless that is only waiting for its round to settle.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from node.lead import LeadLoop, Progress
 from node.link import Link
 from node.member import JobMember, Work
 from node.memory import Ledger
+from node.scoring import Scorer
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
@@ -74,6 +75,7 @@ class Worker:
         self._assigned = asyncio.Condition()
         self._progress = Progress()
         self._lead_task: asyncio.Task[None] | None = None
+        self._scoring: tuple[pb.Assignment, asyncio.Task[None]] | None = None
         self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
         self._tokenizer: Any = None
@@ -99,6 +101,7 @@ class Worker:
                     log.info("standing", reason=reply.reason or "working")
                 await self._assign(reply.assignment if reply.HasField("assignment") else None)
                 self._progress.wrap_up = reply.wrap_up
+                self._score_if_asked(reply.assignment)
                 for finished in reply.adapters:
                     await self._hold(finished)
         finally:
@@ -127,6 +130,9 @@ class Worker:
         old = self._assignment
         if _same(old, new):
             return
+        if self._scoring is not None:
+            await _cancel(self._scoring[1])
+            self._scoring = None
         if self._lead_task is not None and self._lead_task.done():
             self._lead_task = None
         if self._lead_task is not None:
@@ -207,8 +213,11 @@ class Worker:
     # ---- lead --------------------------------------------------------------------------------
 
     async def _lead(self, assignment: pb.Assignment) -> None:
+        await self._reporting(assignment, self._lead_round(assignment))
+
+    async def _reporting(self, assignment: pb.Assignment, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._lead_round(assignment)
+            await work
         except Exception as error:
             # Whatever went wrong, the coordinator must know that this pipeline will not deliver.
             known = error if isinstance(error, SwarmError) else SwarmError(f"the lead failed: {type(error).__name__}")
@@ -227,6 +236,42 @@ class Worker:
                 reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix, blame=known.blame),
             )
             await self._link.call(lambda client: client.abandon(request))
+
+    def _score_if_asked(self, assignment: pb.Assignment) -> None:
+        """Once for a committed round, beside the poll."""
+        asked = assignment.score and assignment.index == 0
+        if asked and (self._scoring is None or not _same(self._scoring[0], assignment)):
+            self._scoring = (assignment, asyncio.create_task(self._reporting(assignment, self._score(assignment))))
+
+    async def _score(self, assignment: pb.Assignment) -> None:
+        """The held-out loss of the parameters that the next round starts from."""
+        member = await self._member(assignment)
+        digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
+        data = await self._link.call(lambda client: client.get_blob(digest, size))
+        dataset = await asyncio.to_thread(parse_chat_lines, data, f"{assignment.job_name}, held out")
+        loop = await self._lead_loop(assignment, member)
+        await member.prepare(following, lineage=assignment.lineage)
+
+        async def open_chain() -> Chain | None:
+            if len(assignment.hops) == 1:
+                return None
+            chain = await self._open_chain(assignment, member)
+            await chain.begin_round(following)
+            return chain
+
+        assert self._head is not None, "the lead's loop holds the head"
+        scorer = Scorer(self._head, member.stage, self._compute, open_chain)
+        score = await scorer.score(loop.heldout_batches(dataset))
+        log.info("scored", job=assignment.job_name, round=assignment.round, loss=score.loss, tokens=score.tokens)
+        request = pb.ReportScoreRequest(
+            job_id=assignment.job_id,
+            round=assignment.round,
+            generation=assignment.generation,
+            pipeline_id=assignment.pipeline_id,
+            loss=score.loss,
+            tokens=score.tokens,
+        )
+        await self._link.call(lambda client: client.report_score(request))
 
     async def _lead_round(self, assignment: pb.Assignment) -> None:
         member = await self._member(assignment)
@@ -302,7 +347,8 @@ class Worker:
             member.close()
 
     async def _end_all(self) -> None:
-        for task in [self._lead_task, *(task for _, task in self._settling.values())]:
+        scoring = None if self._scoring is None else self._scoring[1]
+        for task in [self._lead_task, scoring, *(task for _, task in self._settling.values())]:
             if task is not None:
                 await _cancel(task)
 
@@ -330,7 +376,9 @@ class StageSession:
         self._member.stage.step(lr)
 
     async def begin_round(self, round: int) -> None:
-        await self._member.prepare(round, self._assignment.base_hash, self._assignment.lineage)
+        # A lead that scores a committed round asks for what the next one starts from.
+        own = round == self._assignment.round
+        await self._member.prepare(round, self._assignment.base_hash if own else b"", self._assignment.lineage)
 
     def end_round(self, message: chain_pb2.EndRound) -> None:
         work = Work(

@@ -71,6 +71,26 @@ class InnerSettings(Settings):
     """What the learning rate does after the warm-up, down to zero at the job's last inner step."""
 
 
+class EvalSettings(Settings):
+    """Held-out evaluation on the swarm's own pipelines, forward only; the file travels with the job."""
+
+    data: Path
+    """As `data.train`."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """Rounds from one evaluation to the next; the last round is always scored."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """The first so many of the file, in seeded order: the same ones every time."""
+
+
+class EarlyStopping(Settings):
+    """Ends a job whose held-out loss no longer falls; its adapter is then the best round's."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations in a row that are no better than the best one."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """How much lower a loss must be to count as better."""
+
+
 class OuterSettings(Settings):
     """The coordinator's SGD on the averaged pseudo-gradient (DiLoCo, Douillard et al., 2023).
 
@@ -114,6 +134,8 @@ class JobSpec(Settings):
     outer: OuterSettings = OuterSettings()
     uplink: CodecSettings = CodecSettings()
     downlink: CodecSettings = CodecSettings(density=0.125, decay=1.0)
+    eval: EvalSettings | None = None
+    early_stopping: EarlyStopping | None = None
     activations: ActivationEncoding = "int8"
     """How activations and their gradients cross the links between the nodes of a pipeline."""
 
@@ -128,6 +150,12 @@ class JobSpec(Settings):
     def _warmup_fits(self) -> JobSpec:
         if self.inner.warmup_steps > self.schedule.rounds * self.schedule.inner_steps:
             raise ValueError("inner.warmup_steps is longer than the whole job")
+        return self
+
+    @model_validator(mode="after")
+    def _stopping_has_scores(self) -> JobSpec:
+        if self.early_stopping is not None and self.eval is None:
+            raise ValueError("early_stopping needs eval: it looks at the held-out loss")
         return self
 
 
@@ -145,7 +173,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_job(path: Path) -> JobSpec:
-    """Read a job file. A relative `data.train` is taken relative to the job file.
+    """Read a job file. Relative paths of data are taken relative to the job file.
 
     Raises ConfigError: unreadable file, YAML that does not parse (names the line), unknown or
     wrong keys (names each).
@@ -159,9 +187,10 @@ def load_job(path: Path) -> JobSpec:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     spec = parse_job(raw, str(path))
-    if not spec.data.train.is_absolute():
-        spec = spec.model_copy(update={"data": DataSettings(train=path.parent / spec.data.train)})
-    return spec
+    update: dict[str, Settings] = {"data": spec.data.model_copy(update={"train": path.parent / spec.data.train})}
+    if spec.eval is not None:
+        update["eval"] = spec.eval.model_copy(update={"data": path.parent / spec.eval.data})
+    return spec.model_copy(update=update)
 
 
 def parse_job(raw: object, where: str) -> JobSpec:

@@ -63,6 +63,8 @@ def job_dict(status: pb.JobStatus) -> dict[str, Any]:
         "contribution_bytes": status.contribution_bytes,
         "ddp_bf16_bytes": status.ddp_bf16_bytes,
         "adapter_round": status.adapter_round,
+        "best_round": status.best_round or None,
+        "best_loss": round(status.best_loss, 5) if status.HasField("best_loss") else None,
         "kept_rounds": list(status.kept_rounds),
         "submitter": status.submitter,
         "changes_wait": bool(status.next_spec_json),
@@ -74,6 +76,7 @@ def job_dict(status: pb.JobStatus) -> dict[str, Any]:
                 "contribution_bytes": r.contribution_bytes,
                 "update_bytes": r.update_bytes,
                 "loss": round(r.loss, 5),
+                "eval_loss": round(r.eval_loss, 5) if r.HasField("eval_loss") else None,
                 "tokens": r.tokens,
                 "params_hash": r.params_hash.hex(),
                 "seconds": round(r.seconds, 2),
@@ -122,6 +125,8 @@ def submit(
         # Parsed here so that a bad line is named before anything is uploaded.
         dataset = load_chat_file(spec.data.train)
         data = spec.data.train.read_bytes()
+        heldout = load_chat_file(spec.eval.data) if spec.eval is not None else None
+        heldout_data = spec.eval.data.read_bytes() if spec.eval is not None else b""
         model_hash = parse_join(join).model_hash
         if spec.model is not None:
             from swarm.model.checkpoint import open_for
@@ -138,6 +143,9 @@ def submit(
                 dataset_size=len(data),
                 samples=len(dataset),
             )
+            if heldout is not None:
+                request.heldout = await client.put_blob(heldout_data)
+                request.heldout_size, request.heldout_samples = len(heldout_data), len(heldout)
             return await client.submit_job(request)
 
         status = await with_coordinator(join, data_dir, action)
@@ -182,8 +190,11 @@ def status(
             say(
                 f"  round {entry.round}: {entry.phase}, {entry.contributions} contributions,"
                 f" {entry.contribution_bytes} bytes up, {entry.update_bytes} bytes down, loss {entry.loss:.4f},"
+                f"{f' held-out loss {entry.eval_loss:.4f},' if entry.HasField('eval_loss') else ''}"
                 f" {entry.tokens} tokens, {entry.seconds:.1f} s, parameters {entry.params_hash.hex()[:12]}"
             )
+        if found.HasField("best_loss"):
+            say(f"  best held-out loss {found.best_loss:.4f}, of round {found.best_round}")
         if found.kept_rounds:
             kept = ", ".join(str(number) for number in found.kept_rounds)
             say(f"  kept rounds, to resume from or to export: {kept}")

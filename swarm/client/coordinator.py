@@ -78,6 +78,9 @@ class CoordinatorClient:
     async def abandon(self, request: pb.AbandonRequest) -> None:
         await self._call("Abandon", request, pb.AbandonReply)
 
+    async def report_score(self, request: pb.ReportScoreRequest) -> None:
+        await self._call("ReportScore", request, pb.ReportScoreReply)
+
     async def submit_job(self, request: pb.SubmitJobRequest) -> pb.JobStatus:
         return await self._call("SubmitJob", request, pb.JobStatus)
 

@@ -7,6 +7,7 @@ words whose letters are their nodes, in chain order: `ab` is a pipeline that a l
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,7 @@ from coordinator.round_events import (
     Pause,
     Resume,
     Rewind,
+    Scored,
     Stop,
     Tick,
 )
@@ -43,8 +45,10 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundScored,
     RoundsState,
     Rules,
+    ScoringBegun,
     Settings,
     SettingsAdopted,
     SettingsStored,
@@ -274,6 +278,60 @@ SCENARIOS = {
         20 send b to 1         => held b whole, reply held | running 1.4 open
         20 send c to 2         => held c whole, reply held, freeze 0+1+2, aggregate | running 1.4 frozen
     """,
+    "a committed round is scored before the next one opens": """
+        0 begin scored   => opened 1, form | waiting 1.0 open
+        0 offer a b      => formed a:0 b:1, job running | running 1.1 open
+        5 send a to 0    => held a whole, reply held | running 1.1 open
+        6 send b to 1    => held b whole, reply held, freeze 0+1, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit         => committed 0+1, 0 scores | running 1.1 committed
+        7 next a b       => - | running 1.1 committed
+        8 restart        => - | running 1.1 committed
+        9 score 2.0      => scored 2.0 best 1, open 2 | running 1.1 committed
+        9 score 1.0      => - | running 1.1 committed
+        10 next a b      => opened 2, formed a:0 b:1, job running | running 2.1 open
+        15 send a to 0   => held a whole, reply held | running 2.1 open
+        16 send b to 1   => held b whole, reply held, freeze 0+1, aggregate | running 2.1 frozen
+        16 aggregated    => aggregated, commit | running 2.1 aggregated
+        16 commit        => committed 0+1, 0 scores | running 2.1 committed
+        17 score 2.5     => scored 2.5 best 1, job finished | finished 2.1 committed
+    """,
+    "who was asked for a score is lost: the next pipeline is asked, then nobody": """
+        0 begin scored   => opened 1, form | waiting 1.0 open
+        0 offer a b      => formed a:0 b:1, job running | running 1.1 open
+        5 send a to 0    => held a whole, reply held | running 1.1 open
+        6 send b to 1    => held b whole, reply held, freeze 0+1, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit         => committed 0+1, 0 scores | running 1.1 committed
+        7 lost b         => - | running 1.1 committed
+        8 abandon 0      => 1 scores | running 1.1 committed
+        107 tick         => - | running 1.1 committed
+        108 tick         => not scored, open 2 | running 1.1 committed
+    """,
+    "a pause does not wait for a score": """
+        0 begin scored   => opened 1, form | waiting 1.0 open
+        0 offer a        => formed a:0, job running | running 1.1 open
+        6 send a to 0    => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit         => committed 0, 0 scores | running 1.1 committed
+        7 pause          => not scored, job paused | paused 1.1 committed
+        8 score 2.0      => - | paused 1.1 committed
+        8 resume         => job waiting, open 2 | waiting 1.1 committed
+    """,
+    "no better score for long enough ends the job": """
+        0 begin scored patience => opened 1, form | waiting 1.0 open
+        0 rounds 9       => settings stored, settings adopted, form | waiting 1.0 open
+        0 offer a        => formed a:0, job running | running 1.1 open
+        6 send a to 0    => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit         => committed 0, 0 scores | running 1.1 committed
+        7 score 2.0      => scored 2.0 best 1, open 2 | running 1.1 committed
+        8 next a         => opened 2, formed a:0, job running | running 2.1 open
+        9 send a to 0    => held a whole, reply held, freeze 0, aggregate | running 2.1 frozen
+        9 aggregated     => aggregated, commit | running 2.1 aggregated
+        9 commit         => committed 0, 0 scores | running 2.1 committed
+        9 score 2.0      => scored 2.0 best 1, job finished | finished 2.1 committed
+    """,
     "a pause closes the round: what is whole counts": """
         0 begin         => opened 1, form | waiting 1.0 open
         0 offer ab cd   => formed ab:0 cd:1, job running | running 1.1 open
@@ -404,7 +462,8 @@ def _play(state: RoundsState | None, now_s: float, what: str) -> tuple[RoundsSta
     if words[0] == "begin":
         deadline_s = None if "auto" in words else 100.0
         quorum = 0.75 if "quorum" in words else 1.0
-        return begin(Rules(2, deadline_s, int(words[2]) if "min" in words else 1, 3, quorum))
+        rules = Rules(2, deadline_s, int(words[2]) if "min" in words else 1, 3, quorum)
+        return begin(replace(rules, eval_every=int("scored" in words), patience=int("patience" in words)))
     assert state is not None
     if words[0] == "restart":
         return recover(state, now_s)
@@ -433,7 +492,7 @@ def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
         case ["aggregated"]:
             return AggregateDone(state.round)
         case ["commit"]:
-            return CommitNow(state.round)
+            return CommitNow(state.round, now_s)
         case ["resume"]:
             return Resume()
         case ["pause"]:
@@ -443,7 +502,9 @@ def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
         case ["rewind", number]:
             return Rewind(int(number), state.generation)
         case ["rounds", number]:
-            return Change(Settings(Rules(int(number), 100.0, 1, 3), f"{number} rounds"))
+            return Change(Settings(replace(state.rules, rounds=int(number), min_pipelines=1), f"{number} rounds"))
+        case ["score", loss]:
+            return Scored(state.round, float(loss), 7)
     raise AssertionError(f"no such event: {words}")
 
 
@@ -474,6 +535,12 @@ def _show(effect: Effect) -> str:
             return f"committed {_ids(accepted)}"
         case JobChanged(state, _, _, _):
             return f"job {state}"
+        case ScoringBegun(_, pipeline_id):
+            return f"{pipeline_id} scores"
+        case RoundScored(_, None):
+            return "not scored"
+        case RoundScored(_, loss, _, best):
+            return f"scored {loss} best {best.round if best else None}"
         case WrapUp():
             return "wrap up"
         case SettingsStored():

@@ -269,6 +269,9 @@ class Assignment(_message.Message):
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_SIZE_FIELD_NUMBER: _builtins.int
     BASE_HASH_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    HELDOUT_FIELD_NUMBER: _builtins.int
+    HELDOUT_SIZE_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     job_name: _builtins.str
@@ -285,6 +288,10 @@ class Assignment(_message.Message):
     dataset_size: _builtins.int
     base_hash: _builtins.bytes
     """of all parameters the round starts from"""
+    score: _builtins.bool
+    """the round is committed: score its parameters on the held-out file, once"""
+    heldout: _builtins.bytes
+    heldout_size: _builtins.int
     lineage: _builtins.int
     """changes when rounds are discarded: what a node carries over is void then"""
     @_builtins.property
@@ -303,11 +310,14 @@ class Assignment(_message.Message):
         dataset: _builtins.bytes = ...,
         dataset_size: _builtins.int = ...,
         base_hash: _builtins.bytes = ...,
+        score: _builtins.bool = ...,
+        heldout: _builtins.bytes = ...,
+        heldout_size: _builtins.int = ...,
         lineage: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "lineage", b"lineage", "pipeline_id", b"pipeline_id", "round", b"round", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "heldout", b"heldout", "heldout_size", b"heldout_size", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "lineage", b"lineage", "pipeline_id", b"pipeline_id", "round", b"round", "score", b"score", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -711,6 +721,59 @@ class AbandonReply(_message.Message):
 Global___AbandonReply: _TypeAlias = AbandonReply  # noqa: Y015
 
 @_typing.final
+class ReportScoreRequest(_message.Message):
+    """By the lead whose assignment says `score`: the held-out loss of the committed round's parameters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    round: _builtins.int
+    generation: _builtins.int
+    pipeline_id: _builtins.int
+    loss: _builtins.float
+    """mean over the labelled tokens"""
+    tokens: _builtins.int
+    """labelled ones"""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        pipeline_id: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job_id", b"job_id", "loss", b"loss", "pipeline_id", b"pipeline_id", "round", b"round", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportScoreRequest: _TypeAlias = ReportScoreRequest  # noqa: Y015
+
+@_typing.final
+class ReportScoreReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportScoreReply: _TypeAlias = ReportScoreReply  # noqa: Y015
+
+@_typing.final
 class PutPieceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -816,12 +879,19 @@ class SubmitJobRequest(_message.Message):
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_SIZE_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    HELDOUT_FIELD_NUMBER: _builtins.int
+    HELDOUT_SIZE_FIELD_NUMBER: _builtins.int
+    HELDOUT_SAMPLES_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
     """swarm.config.JobSpec"""
     dataset: _builtins.bytes
     """uploaded before with PutPiece"""
     dataset_size: _builtins.int
     samples: _builtins.int
+    heldout: _builtins.bytes
+    """of `eval`, likewise"""
+    heldout_size: _builtins.int
+    heldout_samples: _builtins.int
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     def __init__(
@@ -832,10 +902,13 @@ class SubmitJobRequest(_message.Message):
         dataset: _builtins.bytes = ...,
         dataset_size: _builtins.int = ...,
         samples: _builtins.int = ...,
+        heldout: _builtins.bytes = ...,
+        heldout_size: _builtins.int = ...,
+        heldout_samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "hello", b"hello", "samples", b"samples", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "heldout", b"heldout", "heldout_samples", b"heldout_samples", "heldout_size", b"heldout_size", "hello", b"hello", "samples", b"samples", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1139,6 +1212,8 @@ class JobStatus(_message.Message):
     SPEC_JSON_FIELD_NUMBER: _builtins.int
     KEPT_ROUNDS_FIELD_NUMBER: _builtins.int
     NEXT_SPEC_JSON_FIELD_NUMBER: _builtins.int
+    BEST_ROUND_FIELD_NUMBER: _builtins.int
+    BEST_LOSS_FIELD_NUMBER: _builtins.int
     SUBMITTER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
@@ -1158,6 +1233,9 @@ class JobStatus(_message.Message):
     spec_json: _builtins.str
     next_spec_json: _builtins.str
     """changed settings that wait for the next round"""
+    best_round: _builtins.int
+    """by held-out loss; 0: none was scored"""
+    best_loss: _builtins.float
     submitter: _builtins.str
     """peer id that may control the job"""
     @_builtins.property
@@ -1194,13 +1272,17 @@ class JobStatus(_message.Message):
         spec_json: _builtins.str = ...,
         kept_rounds: _abc.Iterable[_builtins.int] | None = ...,
         next_spec_json: _builtins.str = ...,
+        best_round: _builtins.int = ...,
+        best_loss: _builtins.float | None = ...,
         submitter: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss", "best_loss", b"best_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_round", b"adapter_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "kept_rounds", b"kept_rounds", "method", b"method", "name", b"name", "next_spec_json", b"next_spec_json", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "submitter", b"submitter", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss", "adapter", b"adapter", "adapter_round", b"adapter_round", "best_loss", b"best_loss", "best_round", b"best_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "kept_rounds", b"kept_rounds", "method", b"method", "name", b"name", "next_spec_json", b"next_spec_json", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "submitter", b"submitter", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__best_loss: _TypeAlias = _typing.Literal["best_loss"]  # noqa: Y015
+    _WhichOneofArgType__best_loss: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_loss) -> _WhichOneofReturnType__best_loss | None: ...
 
 Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
 
@@ -1217,6 +1299,7 @@ class RoundStatus(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     PARAMS_HASH_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     phase: _builtins.str
     contributions: _builtins.int
@@ -1227,6 +1310,8 @@ class RoundStatus(_message.Message):
     tokens: _builtins.int
     params_hash: _builtins.bytes
     seconds: _builtins.float
+    eval_loss: _builtins.float
+    """mean held-out loss; unset if it was not scored"""
     def __init__(
         self,
         *,
@@ -1239,13 +1324,19 @@ class RoundStatus(_message.Message):
         tokens: _builtins.int = ...,
         params_hash: _builtins.bytes = ...,
         seconds: _builtins.float = ...,
+        eval_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "_loss", b"_loss", "eval_loss", b"eval_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "_loss", b"_loss", "contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "eval_loss", b"eval_loss", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015

@@ -33,6 +33,7 @@ from swarm.wire.version import hello
 
 F32 = NDArray[np.float32]
 MODEL_HASH = sha256(b"tiny model")
+HELDOUT = b'{"messages": [ ]}\n' * 8
 DATASET = b'{"messages": []}\n' * 64
 
 
@@ -151,12 +152,13 @@ async def download(service: CoordinatorService, caller: str, digest: bytes, size
 
 async def submit(service: CoordinatorService, caller: str, spec: str, dataset: bytes = DATASET) -> pb.JobStatus:
     digest = await upload(service, caller, dataset)
-    return await service.submit_job(
-        caller,
-        pb.SubmitJobRequest(
-            hello=hello(MODEL_HASH), spec_json=spec, dataset=digest, dataset_size=len(dataset), samples=64
-        ),
+    request = pb.SubmitJobRequest(
+        hello=hello(MODEL_HASH), spec_json=spec, dataset=digest, dataset_size=len(dataset), samples=64
     )
+    if "eval" in json.loads(spec):
+        request.heldout = await upload(service, caller, HELDOUT)
+        request.heldout_size, request.heldout_samples = len(HELDOUT), 8
+    return await service.submit_job(caller, request)
 
 
 @dataclass
@@ -219,6 +221,8 @@ class SimNode:
                 continue
             part = reply.assignment
             key = (part.job_id, part.round, part.generation, part.pipeline_id)
+            if part.score and part.index == 0:
+                await self.score(part)
             if not reply.HasField("assignment") or key in done:
                 continue
             done.add(key)
@@ -248,6 +252,18 @@ class SimNode:
         )
         await self.service.abandon(self.peer, request)
         return True
+
+    async def score(self, part: pb.Assignment) -> None:
+        """Held-out losses that fall until round 2."""
+        request = pb.ReportScoreRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            loss=2.0 / part.round if part.round <= 2 else part.round,
+            tokens=11,
+        )
+        await self.service.report_score(self.peer, request)
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
         """One round up to the held contribution."""
@@ -428,7 +444,7 @@ async def run_job(
         while current <= rounds:
             request = pb.AwaitRoundRequest(job_id=job_id, round=current, wait_s=30)
             reply = await service.await_round("researcher", request)
-            current = max(reply.current_round, current + int(reply.finished))
+            current = rounds + 1 if reply.finished else max(reply.current_round, current)
         for task in working:
             task.cancel()
     status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))

@@ -35,6 +35,8 @@ JOBS = {
     "partial": (job_spec(schedule=SCHEDULE | {"rounds": 2, "quorum": 0.5}), None),
     # In every round one pipeline is given up by its lead, and repaired with a fifth node.
     "repair": (job_spec(), None),
+    # Scored after every round; ends early after the third, the second one being the best.
+    "scored": (job_spec(schedule=SCHEDULE, eval={"data": "heldout.jsonl"}, early_stopping={"patience": 1}), None),
     # What the job would have been without its owner, as far as that owner lets it go.
     "straight": (job_spec(schedule=SCHEDULE | {"rounds": 3}), None),
 }
@@ -112,6 +114,7 @@ def finish(folder: Path, job: str) -> dict[str, object]:
         )
     )
     result["log"] = [list(row) for row in database.execute("SELECT seq, kind FROM event ORDER BY seq")]
+    result["best"] = list(database.execute("SELECT state, best_round, best_loss, stale FROM job").fetchone())
     result["spec"] = json.loads(database.execute("SELECT spec_json FROM job").fetchone()[0])
     database.close()
     shutil.rmtree(folder)

@@ -90,3 +90,18 @@ def test_repairs_may_be_cut_anywhere(tmp_path: Path) -> None:
         assert (len(closed), len(set(closed))) == (24, 24), where
         for key in ("hashes", "accepted"):
             assert result[key] == fault_free[key], where
+
+
+def test_scores_may_be_cut_anywhere(tmp_path: Path) -> None:
+    fault_free, *killed = crash(tmp_path, "scored")
+    assert fault_free["best"] == ["finished", 2, 1.0, 1]
+    assert len(fault_free["hashes"]) == 3
+    written = {result["name"] for result in killed}
+    assert any("ScoringBegun" in name for name in written)
+    assert any("RoundScored + JobChanged" in name for name in written), written
+    for result in killed:
+        where = f"killed at {result['name']}"
+        assert result["lives"] == [137], where
+        for key in ("hashes", "closed", "accepted", "best"):
+            assert result[key] == fault_free[key], where
+        assert [kind for _, kind in result["log"]].count("round_scored") == 3, where

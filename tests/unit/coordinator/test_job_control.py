@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from coordinator_sim import SimNode, download, identity, job_spec, submit, upload
+from coordinator_sim import DATASET, MODEL_HASH, SimNode, download, identity, job_spec, submit, upload
 from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
 from coordinator.round_model import JobState
-from swarm.errors import ConfigError, JobConflict, NotJobOwner
+from swarm.errors import ConfigError, ContributionError, JobConflict, NotJobOwner, StorageError
 from swarm.ids import sha256
 from swarm.wire.v1 import coordinator_pb2 as pb
+from swarm.wire.version import hello
 
 POEMS = pb.GetJobRequest(job="poems")
 
@@ -264,3 +265,57 @@ async def test_the_log_is_bounded(tmp_path: Path) -> None:
         assert len(lines) == 5
         assert lines[-1].kind == "job_finished"
         assert [line.seq for line in lines] == list(range(lines[0].seq, lines[0].seq + 5))
+
+
+SCORED = {"schedule": ONE | {"rounds": 9}, "eval": {"data": "heldout.jsonl"}, "early_stopping": {"patience": 2}}
+
+
+async def test_a_job_that_gets_no_better_ends_with_its_best_round(tmp_path: Path) -> None:
+    async with opened(tmp_path, kept_rounds=1, blob_grace_s=1.0) as swarm:
+        lead, stage = await swarm.join(*ONE_PIPELINE)
+        await submit(swarm.service, "me", job_spec(**SCORED))
+        for number in (1, 2, 3, 4):
+            await swarm.until(lambda number=number: swarm.driver.state.round == number)
+            await swarm.round("a", "b")
+            await swarm.until(lambda: swarm.driver.state.scorer is not None)
+            part = await lead.assigned()
+            assert part.score
+            assert not (await stage.assigned()).score
+            with pytest.raises(ContributionError, match="does not lead"):
+                await stage.score(part)
+            swarm.clock.advance(2)
+            await lead.score(part)
+            await lead.score(part)  # a repeated report changes nothing
+        await swarm.until(lambda: swarm.driver.state.job is JobState.FINISHED)
+        status = await swarm.service.get_job("me", POEMS)
+        assert status.reason == (
+            "stopped early: 2 evaluations in a row were no better than that of round 2 (held-out loss 1.0000)"
+        )
+        assert [entry.eval_loss for entry in status.history] == [2.0, 1.0, 3.0, 4.0]
+        assert (status.best_round, status.best_loss, status.adapter_round) == (2, 1.0, 2)
+        assert status.kept_rounds == [2, 4], "the best round is kept however long ago it was"
+        for file in status.adapter:
+            await download(swarm.service, "me", file.sha256, file.size)
+        (adapter,) = (await lead.poll()).adapters
+        assert adapter.round == 2
+        texts = [line.text for line in await _log(swarm) if line.kind == "round_scored"]
+        assert texts[1:3] == [
+            "held-out loss 1.0000, the best so far",
+            "held-out loss 3.0000, the best is round 2's 1.0000",
+        ]
+    async with opened(tmp_path, kept_rounds=1) as swarm:
+        assert (swarm.driver.kept_rounds, swarm.driver.adapter_round) == ([2, 4], 2)
+
+
+async def test_a_held_out_file_comes_with_eval(swarm: Swarm) -> None:
+    digest = await upload(swarm.service, "me", DATASET)
+    request = pb.SubmitJobRequest(
+        hello=hello(MODEL_HASH), spec_json=job_spec(**SCORED), dataset=digest, dataset_size=len(DATASET), samples=64
+    )
+    with pytest.raises(ConfigError, match="a held-out file comes with `eval`"):
+        await swarm.service.submit_job("me", request)
+    request.heldout, request.heldout_size, request.heldout_samples = sha256(b"absent"), 10, 2
+    with pytest.raises(StorageError, match=r"eval\.data is not uploaded"):
+        await swarm.service.submit_job("me", request)
+    with pytest.raises(ConfigError, match="early_stopping needs eval"):
+        await submit(swarm.service, "me", job_spec(early_stopping={"patience": 2}))

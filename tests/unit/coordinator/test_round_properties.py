@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -22,6 +24,7 @@ from coordinator.round_events import (
     Pause,
     Resume,
     Rewind,
+    Scored,
     Stop,
     Tick,
 )
@@ -58,10 +61,15 @@ PEERS = st.sampled_from([node.peer for node in NODES])
 class RoundsMachine(RuleBasedStateMachine):
     """Random events against the real state machine, with the book of leases a driver would keep."""
 
-    @initialize(min_pipelines=st.integers(1, 2), here=st.sets(PEERS, min_size=3))
-    def start(self, min_pipelines: int, here: set[str]) -> None:
+    @initialize(
+        min_pipelines=st.integers(1, 2),
+        here=st.sets(PEERS, min_size=3),
+        eval_every=st.integers(0, 2),
+        patience=st.integers(0, 1),
+    )
+    def start(self, min_pipelines: int, here: set[str], eval_every: int, patience: int) -> None:
         self.now_s = 0.0
-        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3, 0.5, 3))
+        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3, 0.5, 3, eval_every, patience))
         self.here = here
         self.book = Book()
         self.all_leases: dict[int, Lease] = {}
@@ -199,6 +207,15 @@ class RoundsMachine(RuleBasedStateMachine):
                 number = pipeline.pipeline_id
                 self._step(Abandoned(self.now_s, self.state.round, number, "out of memory", self._spares([number])))
 
+    @rule(loss=st.sampled_from([1.0, 2.0, 3.0]))
+    def lead_scores(self, loss: float) -> None:
+        asked = self.state.scorer
+        self._step(Scored(self.state.round, loss, 7))
+        assert self.state.scorer is None
+        if asked is not None:
+            assert self.state.best is not None
+            assert self.state.best.loss <= loss
+
     @rule()
     def owner_resumes(self) -> None:
         self._step(Resume())
@@ -212,7 +229,8 @@ class RoundsMachine(RuleBasedStateMachine):
     def owner_rewinds(self, back: int) -> None:
         target = self.state.committed - back
         generations = max((g for number, g in self.named if number > target), default=0)
-        self._step(Rewind(target, generations))
+        best = self.state.best if self.state.best and self.state.best.round <= target else None
+        self._step(Rewind(target, generations, best=best))
 
     @precondition(lambda self: self.state.round == 3)
     @rule()
@@ -221,7 +239,7 @@ class RoundsMachine(RuleBasedStateMachine):
 
     @rule(rounds=st.integers(3, 4), min_pipelines=st.integers(1, 2))
     def owner_changes(self, rounds: int, min_pipelines: int) -> None:
-        rules = Rules(rounds, 100.0, min_pipelines, 3, 0.5, 3)
+        rules = replace(self.state.rules, rounds=rounds, min_pipelines=min_pipelines)
         self._step(Change(Settings(rules, f"{rules}")))
         finished = self.state.job is JobState.FINISHED
         assert finished or rules in (self.state.rules, self.state.next and self.state.next.rules)
@@ -244,7 +262,7 @@ class RoundsMachine(RuleBasedStateMachine):
             case Aggregate(number):
                 self._step(AggregateDone(number))
             case Commit(number):
-                self._step(CommitNow(number))
+                self._step(CommitNow(number, self.now_s))
             case OpenNext():
                 plans, missing = self._placement()
                 self._step(NextRound(self.now_s, plans, missing))
@@ -308,7 +326,14 @@ class RoundsMachine(RuleBasedStateMachine):
             assert state.reason, "a job that does not run says why"
         if state.order is not None:
             assert state.phase in (Phase.FROZEN, Phase.AGGREGATED), "an order waits for a commit, and for nothing else"
-        assert (state.deadline_s is not None) == (state.job is JobState.RUNNING and state.phase is Phase.OPEN)
+        if state.scorer is not None:
+            asked = state.pipeline(state.scorer)
+            assert state.phase is Phase.COMMITTED
+            assert state.job is JobState.RUNNING
+            assert asked is not None
+            assert asked.standing is Standing.WHOLE
+        timed = state.job is JobState.RUNNING and (state.phase is Phase.OPEN or state.scorer is not None)
+        assert (state.deadline_s is not None) == timed
         for pipeline in state.pipelines:
             whole = len(pipeline.held) == len(pipeline.members)
             assert whole == (pipeline.standing is Standing.WHOLE)
