@@ -41,6 +41,7 @@ from swarm.config import DataSettings, JobSpec, Schedule
 from swarm.data.batch import Batch, collate
 from swarm.data.chat import encode_sample
 from swarm.data.dataset import ChatDataset
+from swarm.data.sources import ChatSamples
 from swarm.errors import AdapterNotFound
 from swarm.identity import Identity
 from swarm.ids import Span
@@ -131,7 +132,8 @@ class Node:
     async def lead(self, chain_at: Callable[[str], Awaitable[Chain | None]]) -> None:
         """Answer with the lead's inner steps over `chain_at(activations)`."""
         head = Head(self.checkpoint, torch.float32, _CPU)
-        no_data = ChatDataset((), b"", "the benchmark")  # batches are handed to the loop one by one
+        # Batches are handed to the loop one by one.
+        no_data = ChatSamples(ChatDataset((), b"", "the benchmark"), self.tokenizer, SPEC.schedule.max_length)
         loop = LeadLoop(SPEC, no_data, self.tokenizer, head, self.stage, self.compute, Progress())
 
         async def run(request: Json) -> Json:

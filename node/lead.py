@@ -21,9 +21,8 @@ from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
 from swarm.data.batch import Batch, batch_positions, collate
-from swarm.data.chat import encode_sample
-from swarm.data.dataset import ChatDataset
 from swarm.data.order import sample_index
+from swarm.data.sources import Samples
 from swarm.model.shard import Head
 from swarm.net.chain import Chain
 from swarm.optim.schedule import global_step, learning_rate
@@ -51,7 +50,7 @@ class LeadLoop:
     def __init__(
         self,
         spec: JobSpec,
-        dataset: ChatDataset,
+        dataset: Samples,
         tokenizer: Any,
         head: Head,
         stage: AdapterStage,
@@ -121,23 +120,19 @@ class LeadLoop:
         schedule = self._spec.schedule
         samples = []
         for position in batch_positions(ranges, step, schedule.batch_size):
-            messages = self._dataset[sample_index(position, len(self._dataset), schedule.seed)]
-            sample = encode_sample(self._tokenizer, messages, schedule.max_length)
+            sample = self._dataset.encode(sample_index(position, len(self._dataset), schedule.seed))
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
         return collate(samples, self._tokenizer.pad_token_id or 0)
 
-    def heldout_batches(self, dataset: ChatDataset) -> Iterator[Batch]:
+    def heldout_batches(self, dataset: Samples) -> Iterator[Batch]:
         """The job's evaluation samples, the same ones every time. Raises DatasetError, UnsupportedModel."""
         schedule, settings = self._spec.schedule, self._spec.eval
         count = min(settings.samples, len(dataset)) if settings is not None else 0
         indices = [sample_index(position, len(dataset), schedule.seed) for position in range(count)]
         for first in range(0, count, schedule.batch_size):
             chosen = indices[first : first + schedule.batch_size]
-            samples = [
-                encode_sample(self._tokenizer, dataset[index], schedule.max_length, dataset.line(index))
-                for index in chosen
-            ]
+            samples = [dataset.encode(index) for index in chosen]
             yield collate(samples, self._tokenizer.pad_token_id or 0)
 
     async def inner_step(self, batch: Batch, chain: Chain | None, lr: float) -> float:

@@ -27,7 +27,7 @@ from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
-from swarm.data.dataset import ChatDataset, parse_chat_lines
+from swarm.data.sources import Samples, open_samples
 from swarm.errors import SessionError, SwarmError
 from swarm.ids import Span
 from swarm.metrics import Traffic
@@ -79,7 +79,7 @@ class Worker:
         self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
         self._tokenizer: Any = None
-        self._datasets: dict[bytes, ChatDataset] = {}
+        self._datasets: dict[tuple[bytes, int], Samples] = {}
         self.reason = ""
 
     async def run(self) -> None:
@@ -248,8 +248,9 @@ class Worker:
         member = await self._member(assignment)
         digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
         data = await self._link.call(lambda client: client.get_blob(digest, size))
-        dataset = await asyncio.to_thread(parse_chat_lines, data, f"{assignment.job_name}, held out")
         loop = await self._lead_loop(assignment, member)
+        where = f"{assignment.job_name}, held out"
+        dataset = await self._samples(data, where, member.spec.schedule.max_length)
         await member.prepare(following, lineage=assignment.lineage)
 
         async def open_chain() -> Chain | None:
@@ -302,12 +303,15 @@ class Worker:
             head = await self._compute.run(Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device)
             self._head = head
             self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
-        if assignment.dataset not in self._datasets:
-            digest, size = assignment.dataset, assignment.dataset_size
+        digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
+        if (digest, max_length) not in self._datasets:
             data = await self._link.call(lambda client: client.get_blob(digest, size))
-            self._datasets = {digest: await asyncio.to_thread(parse_chat_lines, data, assignment.job_name)}
-        dataset = self._datasets[assignment.dataset]
+            self._datasets = {(digest, max_length): await self._samples(data, assignment.job_name, max_length)}
+        dataset = self._datasets[digest, max_length]
         return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
+
+    async def _samples(self, data: bytes, where: str, max_length: int) -> Samples:
+        return await asyncio.to_thread(open_samples, data, where, self._tokenizer, max_length)
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]

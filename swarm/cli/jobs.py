@@ -117,16 +117,14 @@ def submit(
 
     async def main() -> None:
         from swarm.config import load_job
-        from swarm.data.dataset import load_chat_file
+        from swarm.data.sources import load_source
         from swarm.wire.v1 import coordinator_pb2 as pb
         from swarm.wire.version import hello
 
         spec = load_job(file)
         # Parsed here so that a bad line is named before anything is uploaded.
-        dataset = load_chat_file(spec.data.train)
-        data = spec.data.train.read_bytes()
-        heldout = load_chat_file(spec.eval.data) if spec.eval is not None else None
-        heldout_data = spec.eval.data.read_bytes() if spec.eval is not None else b""
+        train = load_source(spec.data.train)
+        heldout = load_source(spec.eval.data) if spec.eval is not None else None
         model_hash = parse_join(join).model_hash
         if spec.model is not None:
             from swarm.model.checkpoint import open_for
@@ -135,17 +133,17 @@ def submit(
             open_for(info.model, info.revision, info.model_hash, spec.model)
 
         async def action(client: CoordinatorClient) -> pb.JobStatus:
-            digest = await client.put_blob(data)
+            digest = await client.put_blob(train.data)
             request = pb.SubmitJobRequest(
                 hello=hello(model_hash, ("train",)),
                 spec_json=spec.model_dump_json(),
                 dataset=digest,
-                dataset_size=len(data),
-                samples=len(dataset),
+                dataset_size=len(train.data),
+                samples=train.samples,
             )
             if heldout is not None:
-                request.heldout = await client.put_blob(heldout_data)
-                request.heldout_size, request.heldout_samples = len(heldout_data), len(heldout)
+                request.heldout = await client.put_blob(heldout.data)
+                request.heldout_size, request.heldout_samples = len(heldout.data), heldout.samples
             return await client.submit_job(request)
 
         status = await with_coordinator(join, data_dir, action)

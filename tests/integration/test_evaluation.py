@@ -51,3 +51,22 @@ def whole_model_loss(model_folder: Path, data: Path) -> float:
     batch = collate([encode_sample(tokenizer, sample, 512) for sample in load_chat_file(data).samples], 0)
     with torch.inference_mode():
         return float(model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss)
+
+
+TEXT_JOB = """
+name: prose
+data: {train: train.txt}
+schedule: {rounds: 1, inner_steps: 2, batch_size: 2, max_length: 32}
+"""
+
+
+def test_plain_text_trains_with_every_position_labelled(smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("The swarm trains on plain text, piece by piece. " * 40, encoding="utf-8")
+    (tmp_path / "job.yaml").write_text(TEXT_JOB)
+    with swarm_of(tmp_path / "swarm", smollm2, {"whole": "0:30"}, coordinator=True) as swarm:
+        swarm.run_json("job", "submit", str(tmp_path / "job.yaml"))
+        status = wait_finished(swarm, "prose")
+    (entry,) = status["history"]
+    # Four pieces of 32 tokens.
+    assert entry["tokens"] == 4 * 32
+    assert 0 < entry["loss"] < 10
