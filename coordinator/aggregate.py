@@ -5,14 +5,16 @@ the new outer state and one codec frame a block, whose decoded numbers were adde
 parameters here exactly as every node adds them. Pure numpy on the CPU; the same input gives the
 same bytes, so that a crash can repeat it.
 
-Averaging: per coordinate, the sum over the pipelines divided by max(pipelines that sent it, K/4),
-K being the accepted pipelines (measured best, DESIGN.md); a dense uplink is averaged plainly.
+Averaging: per coordinate, the weighted sum over the pipelines divided by max(weight of those that
+sent it, K/4), K being the accepted pipelines (measured best, DESIGN.md); a dense uplink is averaged
+plainly. Weights have the mean 1, so that equal ones are the plain rule, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +78,27 @@ class RoundResult:
     params_hash: bytes
 
 
+def pipeline_weights(tokens: Mapping[int, int]) -> dict[int, float]:
+    """Weights of the mean 1 that follow the labelled tokens of each pipeline, by its id.
+
+    What a pipeline trained on is its lead's word: it counts up to twice the median, and no more.
+    """
+    most = 2 * median(tokens.values())
+    counted = {pipeline_id: min(count, most) for pipeline_id, count in tokens.items()}
+    mean = sum(counted.values()) / len(counted)
+    return {pipeline_id: count / mean if mean else 1.0 for pipeline_id, count in counted.items()}
+
+
 def average(
-    contributions: Iterable[tuple[str, Mapping[str, F32]]], pipelines: int, uplink: CodecSettings
+    contributions: Iterable[tuple[str, Mapping[str, F32]]],
+    pipelines: int,
+    uplink: CodecSettings,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, F32]:
     """Mean pseudo-gradient by parameter key, of the keys that were sent.
 
-    Contributions come one by one, in ascending order of peer id, and are not kept.
+    Contributions come one by one, in ascending order of peer id, and are not kept. `weights` by
+    peer; None: all are 1.
     """
     sums: dict[str, F32] = {}
     senders: dict[str, F32] = {}
@@ -89,12 +106,13 @@ def average(
     for peer, tensors in contributions:
         assert last < peer, "contributions are added in order of peer id, once each"
         last = peer
+        weight = np.float32(1.0 if weights is None else weights[peer])
         for key, value in tensors.items():
             if key not in sums:
                 sums[key] = np.zeros(value.shape, np.float32)
                 senders[key] = np.zeros(value.shape, np.float32)
-            sums[key] += value
-            senders[key] += value != 0
+            sums[key] += weight * value
+            senders[key] += weight * (value != 0)
     if uplink.kind == "dense":
         return {key: total / np.float32(pipelines) for key, total in sums.items()}
     for count in senders.values():

@@ -10,54 +10,61 @@ read again before anything else, so that memory never runs ahead of it or behind
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import structlog
 
+from coordinator import joblog
 from coordinator.background import Background
 from coordinator.blobs import Blobs
 from coordinator.leases import Book, Lease
 from coordinator.ledger import JobLedger
-from coordinator.placement import Placement
+from coordinator.placement import PipelinePlan, Placement
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
 from coordinator.results import JobResults
-from coordinator.round_model import (
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
     CommitNow,
     Contribution,
-    Effect,
     Event,
-    FormPipelines,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Scored,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    Effect,
+    FormPipelines,
+    JobState,
     OpenNext,
     Phase,
     Pipeline,
     Record,
     Reply,
-    Resume,
+    Rewound,
     RoundsState,
+    SettingsAdopted,
     Standing,
-    Tick,
 )
-from coordinator.rounds import advance, recover, refusal
+from coordinator.rounds import advance, broken_by, may_repair, recover, refusal
 from coordinator.signal import Signal
 from coordinator.storage import Storage
-from swarm.config import JobSpec
+from swarm.config import JobSpec, job_from_json
 from swarm.errors import ContributionError, CoordinatorLost, JobConflict, StorageError
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 
+_COUNTING = (Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
 _VERDICTS = {
     Answer.LATE: pb.VERDICT_LATE,
     Answer.REJECTED: pb.VERDICT_REJECTED,
@@ -84,7 +91,7 @@ class Shared:
 class Neighbours(Protocol):
     """The other jobs, as a driver sees them."""
 
-    def place(self, job_id: str) -> Placement: ...
+    def place(self, job_id: str, without: frozenset[str] = frozenset()) -> Placement: ...
 
     def nodes_freed(self, job_id: str) -> None: ...
 
@@ -119,6 +126,8 @@ class JobDriver:
         self._book = book
         self._shared = shared
         self._neighbours = neighbours
+        self._told: set[tuple[int, int, str, Answer]] = set()
+        """Refusals of the open round's members that are in the log."""
         self._lock = asyncio.Lock()
         self._background = Background(shared.clock, shared.settings.retry_s, self._notify)
         self._forming = False
@@ -138,13 +147,18 @@ class JobDriver:
 
     @property
     def committed_round(self) -> int:
-        return self._state.round if self._state.phase is Phase.COMMITTED else self._state.round - 1
+        return self._state.committed
+
+    @property
+    def kept_rounds(self) -> list[int]:
+        """Committed rounds whose results are still here."""
+        return sorted(round for round in self.published if round <= self.committed_round)
 
     def assignment_of(self, peer: str) -> Pipeline | None:
         """The pipeline that a node belongs to in the current round."""
         if self._state.job is not JobState.RUNNING:
             return None
-        counting = self._state.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        counting = self._state.with_standing(*_COUNTING)
         return next((pipeline for pipeline in counting if pipeline.has(peer)), None)
 
     # --- life ---------------------------------------------------------------------------------
@@ -178,25 +192,71 @@ class JobDriver:
             )
         return lease
 
-    async def abandon(self, caller: str, round: int, generation: int, pipeline_id: int, why: str) -> None:
-        """A member gives its pipeline up. Without effect on a pipeline that is whole or gone."""
+    async def abandon(
+        self, caller: str, round: int, generation: int, pipeline_id: int, why: str, blamed: str = ""
+    ) -> None:
+        """A member gives its pipeline up because of `blamed`. Without effect on one that is whole or gone."""
         pipeline = self._state.pipeline(pipeline_id) if round == self._state.round else None
         if pipeline is None or pipeline.generation != generation:
             return
         if not pipeline.has(caller):
             raise ContributionError(f"the node is not in pipeline {pipeline_id}")
-        event = Abandoned(self._now(), round, pipeline_id, why)
+        await self._background.uncancelled(self._give_up(round, pipeline_id, why, blamed))
+
+    async def _give_up(self, round: int, pipeline_id: int, why: str, blamed: str) -> None:
+        async with self._shared.placement_lock:
+            # Who is at fault must be known: else the same nodes would be tried again.
+            named = next((p for p in self._state.pipelines if p.pipeline_id == pipeline_id and p.has(blamed)), None)
+            spares = self._spares([pipeline_id], blamed) if named is not None else ()
+            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares))
+
+    async def decide(self, event: Event) -> None:
+        """One step, whether or not who asked for it waits for its end."""
         await self._background.uncancelled(self._apply(event))
 
-    async def resume(self) -> None:
-        """Raises JobConflict unless the job is paused."""
-        if self._state.job is not JobState.PAUSED:
-            raise JobConflict(f"job {self.job.name} is {self._state.job}, not paused", "see `swarm job list`")
-        await self._background.uncancelled(self._apply(Resume()))
+    async def report_score(
+        self, caller: str, round: int, generation: int, pipeline_id: int, loss: float, tokens: int
+    ) -> None:
+        """The held-out loss of a committed round. A late one changes nothing. Raises ContributionError: not asked."""
+        state = self._state
+        pipeline = state.pipeline(pipeline_id) if round == state.round else None
+        if pipeline is None or pipeline.generation != generation or pipeline.members[0].peer != caller:
+            raise ContributionError(f"the node does not lead pipeline {pipeline_id} of round {round}")
+        if not (math.isfinite(loss) and loss >= 0 and tokens > 0):
+            raise ContributionError(f"a held-out loss of {loss} over {tokens} tokens", "look at the node's log")
+        if state.scorer == pipeline_id:
+            await self.decide(Scored(round, loss, tokens))
+
+    @property
+    def adapter_round(self) -> int:
+        """Whose adapter the job is known by: with early stopping the best round's, else the newest."""
+        best = self._state.best
+        return best.round if self.spec.early_stopping is not None and best is not None else self.committed_round
+
+    def outcome_of(self, round: int) -> Outcome:
+        """What is kept of a committed round. Raises JobConflict."""
+        if round not in self.kept_rounds:
+            kept = ", ".join(str(number) for number in self.kept_rounds)
+            raise JobConflict(f"round {round} of job {self.job.name} is not kept", f"these rounds are: {kept}")
+        return self.published[round]
 
     def node_lost(self, peer: str, reason: str) -> None:
-        event = NodeLost(self._now(), peer, reason)
-        self._background.insist("recording a lost node", lambda: self._apply(event))
+        async def record() -> None:
+            async with self._shared.placement_lock:
+                spares = self._spares(broken_by(self._state, peer), peer)
+                await self._apply(NodeLost(self._now(), peer, reason, spares))
+
+        if self._state.job is not JobState.FINISHED:
+            self._background.insist("recording a lost node", record)
+
+    def _spares(self, pipeline_ids: list[int], lost: str) -> tuple[PipelinePlan, ...]:
+        """Pipelines of the other nodes of those given and of idle ones."""
+        state = self._state
+        if not pipeline_ids or not may_repair(state, self._now()):
+            return ()
+        remain = [p for p in state.with_standing(*_COUNTING) if p.pipeline_id not in pipeline_ids]
+        taken = {member.peer for pipeline in remain for member in pipeline.members}
+        return self._neighbours.place(self.job.job_id, frozenset({lost, *taken})).pipelines
 
     def nodes_changed(self) -> None:
         """Idle nodes may be there: a waiting job looks again."""
@@ -231,10 +291,12 @@ class JobDriver:
             raise CoordinatorLost("the coordinator is stopping", "try again when it is back")
         if not self._doubtful:
             return
-        stored, self._book = await asyncio.to_thread(self.ledger.load, self._state.rules)
+        stored = await asyncio.to_thread(self.ledger.load)
+        self._book = stored.book
         self._doubtful = False
-        if stored != replace(self._state, deadline_s=None):
-            self._resume_from(stored)
+        if stored.state != self._state.stored():
+            self._take_settings(stored.spec_json)
+            self._resume_from(stored.state)
 
     def _resume_from(self, stored: RoundsState) -> None:
         state, effects = recover(stored, self._now())
@@ -243,8 +305,11 @@ class JobDriver:
     def _publish(self, state: RoundsState, effects: tuple[Effect, ...]) -> None:
         """Make a durable state the visible one, then act on it."""
         freed = self._state.busy_peers() - state.busy_peers()
+        ended = state.job is JobState.FINISHED and state.phase is Phase.OPEN
+        if state.round != self._state.round:
+            self._told.clear()
         self._state = state
-        self._background.set_alarm(state.deadline_s, self._at_deadline)
+        self._background.set_alarm(state.alarm_s, self._at_deadline)
         for effect in effects:
             match effect:
                 case FormPipelines():
@@ -255,11 +320,22 @@ class JobDriver:
                     self._background.insist("committing", partial(self._commit, round))
                 case OpenNext():
                     self._background.insist("opening the next round", self._open_next)
+                case SettingsAdopted(spec_json):
+                    self._take_settings(spec_json)
+                case Rewound(round):
+                    for discarded in [number for number in self.published if number > round]:
+                        del self.published[discarded]
                 case _:
                     pass
         self._notify()
         if freed:
             self._neighbours.nodes_freed(self.job.job_id)
+        if ended:
+            self._background.insist("making room", self._neighbours.collect)
+
+    def _take_settings(self, spec_json: str) -> None:
+        self.job = replace(self.job, spec_json=spec_json)
+        self.spec = job_from_json(spec_json)
 
     def _notify(self) -> None:
         self.changed.notify()
@@ -272,7 +348,7 @@ class JobDriver:
 
     def _at_deadline(self) -> None:
         # The timer may ring a moment early by the clock; it rang for this deadline all the same.
-        event = Tick(max(self._now(), self._state.deadline_s or 0.0))
+        event = Tick(max(self._now(), self._state.alarm_s or 0.0))
         self._background.insist("closing the round", lambda: self._apply(event))
 
     async def _form(self) -> None:
@@ -301,10 +377,16 @@ class JobDriver:
             raise StorageError(f"the database lacks the outcome of round {round}")
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
-        await self._apply(CommitNow(round))
-        for old in [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]:
-            del self.published[old]
+        await self._apply(CommitNow(round, self._now()))
+        self._forget_old(round)
         await self._neighbours.collect()
+
+    def _forget_old(self, round: int) -> None:
+        best = self._state.best
+        old = [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]
+        for number in old:
+            if best is None or number != best.round:
+                del self.published[number]
 
     async def _contribute(self, event: Contribution, submission: ContributionRecord | None) -> bytes:
         if submission is None:
@@ -318,9 +400,26 @@ class JobDriver:
             return submission.receipt
         if reply.answer is Answer.DUPLICATE:
             return await self.stored_receipt(event.round, event.peer, event.payload) or b""
+        self._tell(event, reply)
         if reply.answer is Answer.CONFLICT:
             log.warning("contribution_conflict", job=self.job.name, round=event.round, peer=event.peer)
         return self.ledger.receipt(event.round, event.peer, _VERDICTS[reply.answer], reply.reason, event.payload)
+
+    def _tell(self, event: Contribution, reply: Reply) -> None:
+        """Put a refusal into the job's log: one of each kind for each member of a pipeline, so that it is bounded."""
+        pipeline = self._state.pipeline(event.pipeline_id) if event.round == self._state.round else None
+        key = (event.round, event.pipeline_id, event.peer, reply.answer)
+        if pipeline is None or not pipeline.has(event.peer) or key in self._told:
+            return
+        self._told.add(key)
+        line = joblog.refused(event.round, event.peer, event.pipeline_id, reply.answer, reply.reason)
+
+        async def store() -> None:
+            async with self._lock:
+                await asyncio.to_thread(self.ledger.log_refused, line)
+            self.changed.notify()
+
+        self._background.insist("writing the job's log", store)
 
     async def stored_receipt(self, round: int, peer: str, payload: bytes | None = None) -> bytes | None:
         """The newest receipt of a node in a round, or that of one payload."""

@@ -15,7 +15,8 @@ from coordinator.driver import JobDriver
 from coordinator.ports import Clock, CoordinatorSettings
 from coordinator.records import ContributionRecord
 from coordinator.results import shapes_of_member
-from coordinator.round_model import Contribution, Pipeline
+from coordinator.round_events import Contribution
+from coordinator.round_model import Pipeline
 from coordinator.rounds import refusal
 from swarm.compress import FrameContext, max_frame_bytes
 from swarm.errors import CodecError, CorruptData
@@ -41,6 +42,7 @@ class Intake:
             pipeline_id=request.pipeline_id,
             peer=caller,
             payload=request.payload_sha256,
+            inner_steps=request.inner_steps,
         )
         if request.round < driver.state.round:
             stored = await driver.stored_receipt(request.round, caller, request.payload_sha256)
@@ -64,7 +66,8 @@ class Intake:
         member = next(m for m in pipeline.members if m.peer == caller)
         leads = pipeline.members[0].peer == caller
         schedule = driver.spec.schedule
-        most_tokens = schedule.inner_steps * schedule.samples_per_step * schedule.max_length
+        most_tokens = request.inner_steps * schedule.samples_per_step * schedule.max_length
+        least_steps = 1 if driver.state.wrapping else schedule.inner_steps
         shapes = shapes_of_member(driver.results.shapes, pipeline.members, caller)
         most_bytes = max_frame_bytes(shapes)
         if len(request.payload_sha256) != _HASH_BYTES:
@@ -72,10 +75,12 @@ class Intake:
         if (request.span.start, request.span.end) != (member.span.start, member.span.end):
             said = f"{request.span.start}:{request.span.end}"
             return f"the contribution is of blocks {said}, the node was assigned {member.span}"
-        if request.inner_steps != schedule.inner_steps:
+        if not least_steps <= request.inner_steps <= schedule.inner_steps:
             return f"{request.inner_steps} inner steps instead of {schedule.inner_steps}"
         if request.tokens > most_tokens or (leads and request.tokens == 0):
             return f"{request.tokens} tokens; a round has from 1 to {most_tokens}"
+        if request.label_tokens > request.tokens:
+            return f"{request.label_tokens} labelled tokens of {request.tokens}"
         if request.HasField("loss") and not (math.isfinite(request.loss) and request.loss >= 0):
             return f"a loss of {request.loss}"
         lease_id = driver.lease_id(request.round, request.pipeline_id)
@@ -126,4 +131,5 @@ class Intake:
             verdict=verdict,
             reason="",
             receipt=driver.ledger.receipt(request.round, caller, verdict, "", request.payload_sha256),
+            label_tokens=request.label_tokens,
         )

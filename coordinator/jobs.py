@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import structlog
 
+from coordinator.changes import rules_of
 from coordinator.driver import JobDriver, Shared
 from coordinator.ledger import JobLedger
 from coordinator.nodes import Nodes
-from coordinator.placement import Member, Placement, form_pipelines
+from coordinator.placement import Member, Placement, Traits, form_pipelines
 from coordinator.records import JobRecord
 from coordinator.results import JobResults
-from coordinator.round_model import JobState, Phase, RoundsState, Rules
+from coordinator.round_model import JobState, RoundsState
 from coordinator.rounds import begin
 from swarm.config import JobSpec, job_from_json
 from swarm.errors import ConfigError, JobConflict, JobNotFound, ModelMismatch, StorageError
@@ -77,32 +78,48 @@ class Jobs:
     # --- taking a job in ----------------------------------------------------------------------
 
     async def submit(
-        self, submitter: str, spec_json: str, dataset: bytes, dataset_size: int, samples: int
+        self,
+        submitter: str,
+        spec_json: str,
+        dataset: bytes,
+        dataset_size: int,
+        samples: int,
+        heldout: tuple[bytes, int, int] = (b"", 0, 0),
     ) -> JobDriver:
-        """Store a job and start it.
+        """Store a job and start it. `heldout`: hash, size and samples of the evaluation file.
 
         Raises ConfigError: the specification; JobConflict: its name is taken, or too many jobs;
         SwarmError of the adapter source: the method does not fit the model. Stores nothing then.
         """
         # Through a task of its own: a submitter that hangs up leaves a whole job or none.
         return await asyncio.shield(
-            asyncio.ensure_future(self._submit(submitter, job_from_json(spec_json), dataset, dataset_size, samples))
+            asyncio.ensure_future(
+                self._submit(submitter, job_from_json(spec_json), (dataset, dataset_size, samples), heldout)
+            )
         )
 
     async def _submit(
-        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+        self, submitter: str, spec: JobSpec, train: tuple[bytes, int, int], heldout: tuple[bytes, int, int]
     ) -> JobDriver:
         async with self._submitting:
             self._refuse_conflicts(spec)
-            if not 1 <= samples <= dataset_size:
-                raise ConfigError(f"data.train cannot hold {samples} samples in {dataset_size} bytes")
-            if await asyncio.to_thread(self._shared.blobs.size, dataset) != dataset_size:
-                raise StorageError("the dataset is not uploaded", "upload it again, then submit the job")
-            return await self._create(submitter, spec, dataset, dataset_size, samples)
+            if (spec.eval is None) != (heldout == (b"", 0, 0)):
+                raise ConfigError("a held-out file comes with `eval`, and the other way round")
+            await self._refuse_absent("data.train", *train)
+            if spec.eval is not None:
+                await self._refuse_absent("eval.data", *heldout)
+            return await self._create(submitter, spec, train, heldout)
+
+    async def _refuse_absent(self, key: str, digest: bytes, size: int, samples: int) -> None:
+        if not 1 <= samples <= size:
+            raise ConfigError(f"{key} cannot hold {samples} samples in {size} bytes")
+        if await asyncio.to_thread(self._shared.blobs.size, digest) != size:
+            raise StorageError(f"the file of {key} is not uploaded", "upload it again, then submit the job")
 
     async def _create(
-        self, submitter: str, spec: JobSpec, dataset: bytes, dataset_size: int, samples: int
+        self, submitter: str, spec: JobSpec, train: tuple[bytes, int, int], heldout: tuple[bytes, int, int]
     ) -> JobDriver:
+        dataset, dataset_size, samples = train
         shared = self._shared
         shapes = await asyncio.to_thread(shared.model.adapters.shapes, spec.method)
         trainable = sum(math.prod(shape) for shape in shapes.values())
@@ -118,8 +135,11 @@ class Jobs:
             dataset_size=dataset_size,
             samples=samples,
             trainable_parameters=trainable,
+            heldout=heldout[0],
+            heldout_size=heldout[1],
+            heldout_samples=heldout[2],
         )
-        state, _ = begin(self._rules(spec))
+        state, _ = begin(rules_of(spec, shared.settings.fruitless_generations))
         await asyncio.to_thread(self._store_new, job, spec, shapes, state)
         driver = await asyncio.to_thread(self._load, job, spec)
         self._drivers[job.job_id] = driver
@@ -153,49 +173,47 @@ class Jobs:
     def _load(self, job: JobRecord, spec: JobSpec) -> JobDriver:
         shared = self._shared
         ledger = self._ledger(job, spec)
-        state, book = ledger.load(self._rules(spec))
-        committed = state.round if state.phase is Phase.COMMITTED else state.round - 1
-        kept = range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)
+        stored = ledger.load()
+        committed = stored.state.committed
+        kept = {*range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)}
+        if stored.state.best is not None:
+            kept.add(stored.state.best.round)
         outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
         return JobDriver(
             job,
             spec,
             JobResults(job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs),
             ledger,
-            state,
-            book,
-            {round: outcome for round, outcome in outcomes.items() if outcome is not None},
+            stored.state,
+            stored.book,
+            # After a rewind, older rounds than the kept ones are known but no longer here.
+            {r: o for r, o in outcomes.items() if o is not None and shared.blobs.size(o.snapshot_blob) is not None},
             shared,
             self,
         )
 
     def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
         shared = self._shared
-        positions = spec.schedule.inner_steps * spec.schedule.samples_per_step
-        return JobLedger(shared.storage, job.job_id, positions, shared.signer, shared.clock)
-
-    def _rules(self, spec: JobSpec) -> Rules:
-        return Rules(
-            rounds=spec.schedule.rounds,
-            round_deadline_s=spec.schedule.round_deadline_s,
-            min_pipelines=spec.schedule.min_pipelines,
-            fruitless_generations=self._shared.settings.fruitless_generations,
-        )
+        return JobLedger(shared.storage, job.job_id, spec.schedule, shared.signer, shared.clock, shared.settings)
 
     # --- sharing the nodes --------------------------------------------------------------------
 
-    def place(self, job_id: str) -> Placement:
-        """Place the nodes that no other job uses."""
+    def place(self, job_id: str, without: frozenset[str] = frozenset()) -> Placement:
+        """Place the nodes that no other job uses, but for those in `without`."""
         busy = {
             peer: driver.job.name
             for driver in self._drivers.values()
             if driver.job.job_id != job_id
             for peer in driver.state.busy_peers()
         }
-        idle = [
-            Member(node.record.peer, node.record.span) for node in self._nodes.all() if node.record.peer not in busy
-        ]
-        placement = form_pipelines(idle, self._shared.model.n_blocks)
+        now_s, model = self._shared.clock.monotonic(), self._shared.model
+        idle = [node for node in self._nodes.all() if node.record.peer not in busy and node.record.peer not in without]
+        placement = form_pipelines(
+            (Member(node.record.peer, node.record.span) for node in idle),
+            model.n_blocks,
+            {node.record.peer: Traits(node.record.token_block_s, now_s - node.joined_s) for node in idle},
+            model.cuts,
+        )
         if busy:
             jobs = ", ".join(sorted(set(busy.values())))
             placement = replace(placement, missing=f"{placement.missing} ({len(busy)} work for {jobs})")

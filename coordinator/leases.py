@@ -1,9 +1,9 @@
 """Which positions of the endless sample order a pipeline trains on. Pure.
 
 A lease is the share of one pipeline in one round: ranges [start, end) of positions. Asking again
-returns the same lease. An accepted pipeline's lease is closed; a lost or late one's is void and
-its positions are leased again before any new ones, so that every position is accepted exactly
-once. In and out go frozen values; nothing here knows a clock or a disk.
+returns the same lease. An accepted pipeline's lease is closed as far as it was trained; a lost or
+late one's is void. What is given back is leased again before any new positions, so that every
+position is accepted exactly once. In and out go frozen values; nothing here knows a clock or a disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Book:
-    """Positions below `high` are open, closed or `free` (given back); the rest is untouched.
+    """Positions below `high` are open, closed or `free` (given back); the one before it is not free.
 
     Closed leases are not kept here: a job may have millions.
     """
@@ -55,7 +55,7 @@ def restore(leases: Iterable[Lease]) -> Book:
     """The book after all leases a job ever had."""
     everything = list(leases)
     held = _merge(r for lease in everything if lease.state is not LeaseState.VOID for r in lease.ranges)
-    high = max((r.end for lease in everything for r in lease.ranges), default=0)
+    high = held[-1].end if held else 0
     free: list[Range] = []
     at = 0
     for taken in (*held, Range(high, high)):
@@ -92,17 +92,46 @@ def grant(book: Book, round: int, pipeline_id: int, count: int) -> tuple[Book, L
     return Book(book.next_id + 1, high, tuple(free), (*book.open, lease)), lease
 
 
-def close(book: Book, round: int, pipeline_id: int) -> tuple[Book, Lease | None]:
-    """The pipeline was accepted: its positions are done for good."""
-    return _end(book, round, pipeline_id, LeaseState.CLOSED)
+def close(book: Book, round: int, pipeline_id: int, trained: int | None = None) -> tuple[Book, Lease | None]:
+    """The pipeline was accepted: its first `trained` positions are done for good, the rest is free again.
+
+    Positions are trained in the order of the lease's ranges; None means all of them.
+    """
+    book, lease = _end(book, round, pipeline_id, LeaseState.CLOSED)
+    if lease is None or trained is None:
+        return book, lease
+    done, rest = _split(lease.ranges, trained)
+    return _give_back(book, rest), replace(lease, ranges=done)
+
+
+def _split(ranges: Iterable[Range], count: int) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
+    """The first `count` positions, and the others."""
+    first: list[Range] = []
+    rest: list[Range] = []
+    for item in ranges:
+        cut = item.start + min(count, item.end - item.start)
+        if item.start < cut:
+            first.append(Range(item.start, cut))
+        if cut < item.end:
+            rest.append(Range(cut, item.end))
+        count -= cut - item.start
+    return tuple(first), tuple(rest)
 
 
 def void(book: Book, round: int, pipeline_id: int) -> tuple[Book, Lease | None]:
     """The pipeline does not count: its positions are free again."""
     book, lease = _end(book, round, pipeline_id, LeaseState.VOID)
     if lease is not None:
-        book = replace(book, free=_merge((*book.free, *lease.ranges)))
+        book = _give_back(book, lease.ranges)
     return book, lease
+
+
+def _give_back(book: Book, ranges: Iterable[Range]) -> Book:
+    free, high = _merge((*book.free, *ranges)), book.high
+    if free and free[-1].end == high:
+        high = free[-1].start
+        free = free[:-1]
+    return replace(book, free=free, high=high)
 
 
 def _end(book: Book, round: int, pipeline_id: int, state: LeaseState) -> tuple[Book, Lease | None]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from coordinator import leases
+from coordinator import joblog, leases
+from coordinator.changes import rules_of
 from coordinator.leases import Book
-from coordinator.ports import Clock, Signer
+from coordinator.ports import Clock, CoordinatorSettings, Signer
 from coordinator.receipts import signed_receipt
-from coordinator.records import ContributionRecord, JobRecord, LogEntry, Outcome
+from coordinator.records import ContributionRecord, JobRecord, LogEntry, LogLine, Outcome
 from coordinator.round_model import (
     ContributionHeld,
     JobChanged,
@@ -25,29 +26,56 @@ from coordinator.round_model import (
     PipelineLost,
     PipelinesFormed,
     Record,
+    Rewound,
     RoundAggregated,
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundScored,
     RoundsState,
     Rules,
+    ScoringBegun,
+    Settings,
+    SettingsAdopted,
+    SettingsStored,
     Standing,
+    WrapUp,
 )
 from coordinator.storage import Storage
+from swarm.config import Schedule, job_from_json
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 _LOG_DOMAIN = b"swarm-round-log-v1"
 
 
-class JobLedger:
-    """Rows, receipts and leases of one job. `lease_positions`: samples of one pipeline in one round."""
+@dataclass(frozen=True)
+class Stored:
+    """A job as the disk has it; `spec_json` are the settings in force."""
 
-    def __init__(self, storage: Storage, job_id: str, lease_positions: int, signer: Signer, clock: Clock) -> None:
+    spec_json: str
+    state: RoundsState
+    book: Book
+
+
+class JobLedger:
+    """Rows, receipts and leases of one job."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        job_id: str,
+        schedule: Schedule,
+        signer: Signer,
+        clock: Clock,
+        settings: CoordinatorSettings,
+    ) -> None:
         self._storage = storage
-        self._lease_positions = lease_positions
+        self._step_positions = schedule.samples_per_step
+        self._lease_positions = schedule.inner_steps * schedule.samples_per_step
         self._job_id = job_id
         self._signer = signer
         self._clock = clock
+        self._settings = settings
 
     def create(self, job: JobRecord, state: RoundsState, outcome: Outcome) -> None:
         """A new job: its row, round 0 with the initial outcome, and round 1."""
@@ -57,12 +85,17 @@ class JobLedger:
             self._storage.insert_round(self._job_id, 0, Phase.COMMITTED, now)
             self._storage.insert_outcome(self._job_id, 0, outcome)
             self._storage.insert_round(self._job_id, state.round, state.phase, now)
+            self._storage.append_log(self._job_id, joblog.submitted(job.submitter), now, self._settings.kept_events)
 
-    def load(self, rules: Rules) -> tuple[RoundsState, Book]:
-        return (
-            self._storage.rounds_state(self._job_id, rules),
-            leases.restore(self._storage.leases(self._job_id)),
-        )
+    def load(self) -> Stored:
+        spec_json, next_spec_json = self._storage.specs(self._job_id)
+        state = self._storage.rounds_state(self._job_id, self._rules(spec_json))
+        if next_spec_json is not None:
+            state = replace(state, next=Settings(self._rules(next_spec_json), next_spec_json))
+        return Stored(spec_json, state, leases.restore(self._storage.leases(self._job_id)))
+
+    def _rules(self, spec_json: str) -> Rules:
+        return rules_of(job_from_json(spec_json), self._settings.fruitless_generations)
 
     def store(
         self,
@@ -76,7 +109,20 @@ class JobLedger:
         with self._storage.transaction(" + ".join(type(record).__name__ for record in steps)):
             for record in steps:
                 book = self._store_one(book, record, submission, outcome)
+            self._log(steps, submission)
         return book
+
+    def log_refused(self, line: LogLine) -> None:
+        """A contribution that was refused changes nothing; that it was is told to people."""
+        with self._storage.transaction("refused"):
+            self._storage.append_log(self._job_id, [line], self._clock.unix(), self._settings.kept_events)
+
+    def _log(self, steps: list[Record], submission: ContributionRecord | None) -> None:
+        number = self._storage.newest_round(self._job_id)
+        committed = any(isinstance(record, RoundCommitted) for record in steps)
+        summary = self._storage.history(self._job_id, 1, since=number)[0] if committed else None
+        lines = [line for record in steps for line in joblog.lines(record, number, submission, summary)]
+        self._storage.append_log(self._job_id, lines, self._clock.unix(), self._settings.kept_events)
 
     def receipt(self, round: int, peer: str, verdict: pb.Verdict.ValueType, reason: str, payload: bytes) -> bytes:
         return signed_receipt(
@@ -94,19 +140,21 @@ class JobLedger:
     ) -> Book:
         job_id, storage = self._job_id, self._storage
         match record:
-            case RoundOpened(round):
-                storage.insert_round(job_id, round, Phase.OPEN, self._clock.unix())
+            case RoundOpened(round, generation):
+                storage.insert_round(job_id, round, Phase.OPEN, self._clock.unix(), generation)
             case PipelinesFormed(round, generation, pipelines):
                 storage.insert_pipelines(job_id, round, generation, pipelines)
                 # Leased with the forming, not when a lead asks: the order of calls decides nothing.
                 for pipeline in pipelines:
                     book, lease = leases.grant(book, round, pipeline.pipeline_id, self._lease_positions)
                     storage.insert_lease(job_id, lease)
-            case ContributionHeld(round, pipeline_id, _, whole):
+            case ContributionHeld(round, pipeline_id, _, whole, took_s):
                 assert submission is not None, "a held contribution comes with its row"
                 storage.insert_contribution(job_id, submission)
                 if whole:
-                    storage.set_standing(job_id, round, pipeline_id, Standing.WHOLE)
+                    storage.set_whole(job_id, round, pipeline_id, took_s)
+            case WrapUp(round):
+                storage.set_wrap_up(job_id, round)
             case PipelineLost(round, pipeline_id, reason):
                 storage.set_standing(job_id, round, pipeline_id, Standing.LOST, reason)
                 book = self._exclude(book, round, pipeline_id, f"the pipeline was given up: {reason}")
@@ -122,8 +170,21 @@ class JobLedger:
                 storage.set_phase(job_id, round, Phase.AGGREGATED)
             case RoundCommitted(round, accepted):
                 book = self._commit(book, round, accepted)
-            case JobChanged(state, reason, fruitless):
-                storage.set_job(job_id, state, reason, fruitless)
+            case JobChanged(state, reason, fruitless, order):
+                storage.set_job(job_id, state, reason, fruitless, order)
+            case SettingsStored(spec_json):
+                storage.set_next_spec(job_id, spec_json)
+            case SettingsAdopted(spec_json):
+                storage.set_spec(job_id, spec_json)
+            case ScoringBegun(round, pipeline_id):
+                storage.set_scorer(job_id, round, pipeline_id)
+            case RoundScored(round, loss, tokens, best):
+                storage.set_score(job_id, round, loss, tokens)
+                storage.set_best(job_id, best)
+            case Rewound(round, lineage, _, best):
+                storage.discard_after(job_id, round, lineage)
+                storage.set_best(job_id, best)
+                book = leases.restore(storage.leases(job_id))
         return book
 
     def _exclude(self, book: Book, round: int, pipeline_id: int, reason: str) -> Book:
@@ -137,7 +198,8 @@ class JobLedger:
     def _commit(self, book: Book, round: int, accepted: tuple[int, ...]) -> Book:
         sent = self._give_verdict(round, accepted, pb.VERDICT_ACCEPTED, "")
         for pipeline_id in accepted:
-            book, lease = leases.close(book, round, pipeline_id)
+            steps = min(contribution.inner_steps for contribution in sent if contribution.pipeline_id == pipeline_id)
+            book, lease = leases.close(book, round, pipeline_id, steps * self._step_positions)
             if lease is not None:
                 self._storage.set_lease(self._job_id, lease)
         outcome = self._storage.outcome(self._job_id, round)

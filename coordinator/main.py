@@ -19,6 +19,7 @@ from coordinator.ports import CoordinatorSettings, ModelFacts
 from swarm.adapters.registry import ModelAdapters
 from swarm.identity import Identity
 from swarm.model.checkpoint import open_for
+from swarm.model.families import cuts
 from swarm.model.shard import n_blocks
 from swarm.net.join import JoinInfo
 from swarm.wire.rpc import COORDINATOR_SERVICE, RpcServer
@@ -54,6 +55,7 @@ async def run_coordinator(start: CoordinatorStart, ready: Callable[[JoinInfo], N
         model_hash=join.model_hash,
         n_blocks=n_blocks(checkpoint.config),
         adapters=ModelAdapters(checkpoint),
+        cuts=cuts(checkpoint.config),
     )
     data_dir = start.data_dir.expanduser().resolve()
     async with AsyncExitStack() as stack:

@@ -20,6 +20,8 @@ class Node:
     silent_since_s: float
     """May lie ahead: the end of a long poll that is under way, or of the grace after a restart."""
     last_call_s: float
+    joined_s: float
+    """Since when it has been here without a break."""
     progress: pb.TrainProgress | None = None
     traffic: pb.Traffic = field(default_factory=pb.Traffic)
 
@@ -30,7 +32,7 @@ class Nodes:
     def __init__(self, known: Iterable[NodeRecord], now_s: float, *, silent_s: float, recovery_grace_s: float) -> None:
         self._silent_s = silent_s
         since_s = now_s + max(0.0, recovery_grace_s - silent_s)
-        self._nodes = {record.peer: Node(record, since_s, now_s) for record in known}
+        self._nodes = {record.peer: Node(record, since_s, now_s, now_s) for record in known}
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -43,7 +45,9 @@ class Nodes:
         return [self._nodes[peer] for peer in sorted(self._nodes)]
 
     def register(self, record: NodeRecord, now_s: float) -> None:
-        self._nodes[record.peer] = Node(record, now_s, now_s)
+        before = self._nodes.get(record.peer)
+        joined_s = before.joined_s if before is not None else now_s
+        self._nodes[record.peer] = Node(record, now_s, now_s, joined_s)
 
     def drop(self, peer: str) -> None:
         self._nodes.pop(peer, None)

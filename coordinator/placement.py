@@ -1,8 +1,10 @@
 """Which nodes train together: disjoint chains that each hold every block. Pure and deterministic.
 
-In: idle nodes with the spans they hold, and the number of blocks. Out: as many pipelines as can
-exist at once, made of as few nodes as that number allows, and for every node that is left over
-the reason. The order of the input does not matter.
+In: idle nodes with the spans they hold, what is known of each, and the number of blocks. Out: as
+many pipelines as can exist at once, made of as few nodes as that number allows, and for every
+node that is left over the reason. Of nodes with the same span the steadiest lead, and the faster
+ones take part; where spans overlap, the cut is where the slowest stage is fastest. The order of the
+input does not matter.
 
 As a flow: every node is an edge from the start to the end of its span with capacity one, and
 from any position one may step back for free (spans overlap, the later node is trimmed). A unit
@@ -14,8 +16,9 @@ its minimum on the way.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from swarm.ids import Span, missing_blocks, ranges_text
 
@@ -26,6 +29,20 @@ class Member:
 
     peer: str
     span: Span
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the coordinator knows of a node. Links between nodes it does not know."""
+
+    token_block_s: float = 0.0
+    """Seconds a token and block, as the node measured it; 0: it did not say."""
+    uptime_s: float = 0.0
+
+    @property
+    def steadiness(self) -> int:
+        """Doublings of the uptime beyond a minute: nodes of a similar age are alike."""
+        return max(0, int(self.uptime_s / 60)).bit_length()
 
 
 @dataclass(frozen=True)
@@ -48,17 +65,29 @@ _Edge = Span | int
 """A span's nodes, or the step back from that position to the one before."""
 
 
-def form_pipelines(nodes: Iterable[Member], n_blocks: int) -> Placement:
-    """Place the nodes. A peer must not occur twice."""
+def form_pipelines(
+    nodes: Iterable[Member],
+    n_blocks: int,
+    traits: Mapping[str, Traits] | None = None,
+    cuts: Collection[int] | None = None,
+) -> Placement:
+    """Place the nodes. A peer must not occur twice; `cuts` are the places where the model may be cut."""
     unused: dict[str, str] = {}
     by_span: dict[Span, list[str]] = {}
-    for node in sorted(nodes):
+    speeds = _Speeds(traits or {})
+    for node in sorted(nodes, key=lambda node: (speeds.of(node.peer), node)):
         if node.span.end > n_blocks:
             unused[node.peer] = f"its span {node.span} ends beyond the model's {n_blocks} blocks"
         else:
             by_span.setdefault(node.span, []).append(node.peer)
     used = _maximum_flow({span: len(peers) for span, peers in by_span.items()}, n_blocks)
-    pipelines = tuple(_pipeline(chain, by_span) for chain in _chains(used, n_blocks))
+    chains = _chains(used, n_blocks)
+    # Leads first: they hold the head, and a round ends with them.
+    leads = [_take_steadiest(by_span[chain[0]], speeds) for chain in chains]
+    pipelines = tuple(
+        _pipeline([lead, *(by_span[span].pop(0) for span in chain[1:])], chain, speeds, cuts)
+        for lead, chain in zip(leads, chains, strict=True)
+    )
     left = {span: peers for span, peers in by_span.items() if peers}
     blocks = missing_blocks(left, n_blocks)
     missing = f"no idle node holds block{'s' if len(blocks) > 1 else ''} {ranges_text(blocks)}"
@@ -136,11 +165,64 @@ def _chains(used: Counter[Span], n_blocks: int) -> list[list[Span]]:
     return sorted(chains, key=lambda chain: (len(chain), chain))
 
 
-def _pipeline(chain: list[Span], by_span: Mapping[Span, list[str]]) -> PipelinePlan:
-    """Take the first free peer of each span and trim its start to where the one before ended."""
-    members: list[Member] = []
-    covered = 0
-    for span in chain:
-        members.append(Member(by_span[span].pop(0), Span(covered, span.end)))
-        covered = span.end
-    return PipelinePlan(tuple(members))
+class _Speeds:
+    """Seconds a token and block by peer; who did not measure is taken for average."""
+
+    def __init__(self, traits: Mapping[str, Traits]) -> None:
+        self._traits = traits
+        known = [found.token_block_s for found in traits.values() if found.token_block_s > 0]
+        self._average = median(known) if known else 1.0
+
+    def of(self, peer: str) -> float:
+        return self.known(peer).token_block_s or self._average
+
+    def known(self, peer: str) -> Traits:
+        return self._traits.get(peer, Traits())
+
+
+def _take_steadiest(peers: list[str], speeds: _Speeds) -> str:
+    """The peers are in order of speed: of equally steady ones the fastest is taken."""
+    lead = max(peers, key=lambda peer: speeds.known(peer).steadiness)
+    peers.remove(lead)
+    return lead
+
+
+def _pipeline(
+    peers: Sequence[str], chain: Sequence[Span], speeds: _Speeds, cuts: Collection[int] | None
+) -> PipelinePlan:
+    """Cut the overlaps. The ends of spans are always allowed: nodes hold no others."""
+    ends = {span.end for span in chain} | {span.start for span in chain}
+    allowed = range(chain[-1].end + 1) if cuts is None else sorted({*cuts, *ends})
+    places = _best_cuts(chain, [speeds.of(peer) for peer in peers], allowed)
+    starts = [0, *places[:-1]]
+    return PipelinePlan(
+        tuple(Member(peer, Span(start, end)) for peer, start, end in zip(peers, starts, places, strict=True))
+    )
+
+
+def _best_cuts(chain: Sequence[Span], block_s: Sequence[float], allowed: Iterable[int]) -> tuple[int, ...]:
+    """Where each stage ends: the slowest stage as fast as possible, then the stages as even as possible.
+
+    Stage by stage, the best way to end at each place; ties go to the later cut.
+    """
+    n_blocks = chain[-1].end
+    places = [place for place in allowed if 0 < place <= n_blocks]
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for position, (span, seconds) in enumerate(zip(chain, block_s, strict=True)):
+        last = position == len(chain) - 1
+        reached: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for end in [n_blocks] if last else [p for p in places if p <= span.end]:
+            for start, (slowest, squares, ends) in best.items():
+                if not span.start <= start < end:
+                    continue
+                stage_s = seconds * (end - start)
+                found = (max(slowest, stage_s), squares + stage_s**2, (*ends, end))
+                if end not in reached or _key(found) < _key(reached[end]):
+                    reached[end] = found
+        best = reached
+    return best[n_blocks][2]
+
+
+def _key(found: tuple[float, float, tuple[int, ...]]) -> tuple[float, float, tuple[int, ...]]:
+    slowest, squares, ends = found
+    return slowest, squares, tuple(-end for end in ends)

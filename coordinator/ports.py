@@ -82,6 +82,8 @@ class ModelFacts:
     model_hash: bytes
     n_blocks: int
     adapters: AdapterSource
+    cuts: tuple[int, ...] | None = None
+    """Where spans may start and end; None: everywhere."""
 
 
 def _no_durable_point(_name: str) -> None:
@@ -111,6 +113,8 @@ class CoordinatorSettings:
     """An unreferenced blob lives for so long after its last use (blobs)."""
     kept_rounds: int = 3
     """Updates, snapshots and adapters of so many newest rounds are kept (garbage collection)."""
+    kept_events: int = 5000
+    """Newest lines of a job's log that are kept (ledger)."""
     max_jobs: int = 1000
     """Unfinished jobs (service)."""
     max_nodes: int = 10_000

@@ -14,6 +14,8 @@ class NodeRecord:
     addrs: tuple[str, ...]
     device: str
     dtype: str
+    token_block_s: float = 0.0
+    """Seconds a token and block, as it measured; 0: not said."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class JobRecord:
     dataset_size: int
     samples: int
     trainable_parameters: int
+    heldout: bytes = b""
+    heldout_size: int = 0
+    heldout_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class ContributionRecord:
     verdict: int
     reason: str
     receipt: bytes
+    label_tokens: int = 0
+    """Tokens that carried loss; leads know it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,23 @@ class RoundSummary:
     loss: float | None
     update_bytes: int
     params_hash: bytes
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of a job's log. `seq` counts up from 1 and, like the time, is given when it is stored."""
+
+    kind: str
+    round: int
+    text: str
+    peer: str = ""
+    pipeline_id: int | None = None
+    loss: float | None = None
+    tokens: int = 0
+    size: int = 0
+    seq: int = 0
+    unix_s: float = 0.0
 
 
 @dataclass(frozen=True)

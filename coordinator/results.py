@@ -7,18 +7,18 @@ again from the one before. Every method blocks; nothing here decides what counts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round
+from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round, pipeline_weights
 from coordinator.blobs import Blobs
 from coordinator.placement import Member
 from coordinator.ports import ModelFacts
 from coordinator.records import AdapterFile, BlockPiece, Outcome
-from coordinator.round_model import Standing
+from coordinator.round_model import Pipeline, Standing
 from coordinator.storage import Storage
 from swarm.compress import FrameContext, decode
 from swarm.config import JobSpec
@@ -79,8 +79,18 @@ class JobResults:
             for peer, payload, members in sent:
                 yield peer, self.decode(payload, members, peer, context)
 
-        mean = average(decoded(), len(accepted), self.spec.uplink)
+        mean = average(decoded(), len(accepted), self.spec.uplink, self._weights(storage, round, accepted))
         return outer_round(state, mean, self.spec, self.job_id, round)
+
+    def _weights(self, storage: Storage, round: int, accepted: Sequence[Pipeline]) -> dict[str, float] | None:
+        """By peer: every member counts as much as its pipeline."""
+        if self.spec.outer.weights == "equal":
+            return None
+        rows = storage.contributions(self.job_id, round)
+        # A lead that does not tell labels from prompts is weighed by all of its tokens.
+        tokens = {c.pipeline_id: c.label_tokens or c.tokens for c in rows if c.lead}
+        by_id = pipeline_weights({p.pipeline_id: tokens[p.pipeline_id] for p in accepted})
+        return {member.peer: by_id[p.pipeline_id] for p in accepted for member in p.members}
 
     def _outer_state(self, storage: Storage, round: int) -> OuterState:
         outcome = storage.outcome(self.job_id, round)

@@ -1,15 +1,15 @@
-"""What one job's rounds are made of: state, events and effects. Frozen values, no behaviour beyond lookup.
+"""What one job's rounds are made of: state and effects. Frozen values, no behaviour beyond lookup.
 
-`coordinator.rounds` says what they mean and how they follow from one another; `storage` keeps
-the records; the driver turns events into effects.
+`round_events` has what may happen; `rounds` and `control` say how effects follow from it;
+`storage` keeps the records; the driver turns events into effects.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from coordinator.placement import Member, PipelinePlan
+from coordinator.placement import Member
 
 
 class JobState(StrEnum):
@@ -48,9 +48,50 @@ class Rules:
     """What the job's file says about its rounds."""
 
     rounds: int
-    round_deadline_s: float
+    round_deadline_s: float | None
+    """None: by what recent pipelines took."""
     min_pipelines: int
     fruitless_generations: int
+    quorum: float = 1.0
+    """Share of a round's pipelines; once they are whole, the rest has a grace."""
+    inner_steps: int = 1
+    eval_every: int = 0
+    """Rounds from one held-out evaluation to the next; 0: none."""
+    patience: int = 0
+    """Evaluations without a better one that end the job; 0: none do."""
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A job file as it was changed while the job ran: what rounds take from it, and the whole of it."""
+
+    rules: Rules
+    spec_json: str
+    text: str = field(default="", compare=False)
+    """What changed, for the log; not kept beside it."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The round with the best held-out loss, and how many evaluations came after it."""
+
+    round: int
+    loss: float
+    stale: int
+
+
+class OrderKind(StrEnum):
+    PAUSE = "pause"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the owner wants done as soon as the open round is closed."""
+
+    kind: OrderKind
+    reason: str
 
 
 @dataclass(frozen=True, order=True)
@@ -59,6 +100,7 @@ class Held:
 
     peer: str
     payload: bytes
+    inner_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,12 @@ class Pipeline:
     standing: Standing = Standing.ACTIVE
     held: tuple[Held, ...] = ()
     reason: str = ""
+    took_s: float | None = None
+    """From forming to whole, scaled to all inner steps; None if that is not known."""
+    formed_s: float | None = None
+    """Monotonic; not stored."""
+    repair: bool = False
+    """Formed within a round, of the survivors of a pipeline that lost a node and idle ones."""
 
     def payload_of(self, peer: str) -> bytes | None:
         return next((held.payload for held in self.held if held.peer == peer), None)
@@ -81,7 +129,11 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class RoundsState:
-    """`deadline_s` is monotonic and is not part of what is stored."""
+    """`began_s`, `wrap_s` and `deadline_s` are monotonic and not part of what is stored.
+
+    Generations count up within a round, from `lineage` on: the highest generation of any round that
+    was ever discarded, so that (round, generation) names one forming for good.
+    """
 
     rules: Rules
     job: JobState
@@ -92,6 +144,34 @@ class RoundsState:
     fruitless: int
     pipelines: tuple[Pipeline, ...]
     deadline_s: float | None = None
+    order: Order | None = None
+    next: Settings | None = None
+    """Takes effect when pipelines are next formed."""
+    lineage: int = 0
+    recent_s: tuple[float, ...] = ()
+    """What the newest accepted pipelines of committed rounds took, oldest first."""
+    wrapping: bool = False
+    """The open round asks its pipelines to contribute what they have."""
+    scorer: int | None = None
+    """The pipeline whose lead scores the round that is committed; the next one waits for it."""
+    best: Best | None = None
+    began_s: float | None = None
+    wrap_s: float | None = None
+
+    @property
+    def alarm_s(self) -> float | None:
+        """When time alone changes something."""
+        return self.deadline_s if self.wrapping or self.wrap_s is None else self.wrap_s
+
+    def stored(self) -> RoundsState:
+        """Without what is not stored."""
+        pipelines = tuple(replace(pipeline, formed_s=None) for pipeline in self.pipelines)
+        return replace(self, pipelines=pipelines, deadline_s=None, began_s=None, wrap_s=None)
+
+    @property
+    def committed(self) -> int:
+        """The newest committed round."""
+        return self.round if self.phase is Phase.COMMITTED else self.round - 1
 
     def pipeline(self, pipeline_id: int) -> Pipeline | None:
         return next((p for p in self.pipelines if p.pipeline_id == pipeline_id), None)
@@ -99,87 +179,26 @@ class RoundsState:
     def with_standing(self, *standings: Standing) -> tuple[Pipeline, ...]:
         return tuple(p for p in self.pipelines if p.standing in standings)
 
+    def attempts(self) -> int:
+        """Formings of the open round, repairs aside."""
+        return len({p.generation for p in self.pipelines if not p.repair})
+
+    def latest_attempt(self) -> tuple[Pipeline, ...]:
+        """The pipelines since the last forming, repairs among them."""
+        first = max((p.generation for p in self.pipelines if not p.repair), default=0)
+        return tuple(p for p in self.pipelines if p.generation >= first)
+
+    def counting_peers(self) -> frozenset[str]:
+        """Members of the open round's pipelines that may still count, or would."""
+        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        return frozenset(member.peer for pipeline in counting for member in pipeline.members)
+
     def busy_peers(self) -> frozenset[str]:
         """Nodes this job occupies: those of its pipelines that may still count."""
         if self.job is not JobState.RUNNING:
             return frozenset()
-        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
-        return frozenset(member.peer for pipeline in counting for member in pipeline.members)
+        return self.counting_peers()
 
-
-# --- events: what happened; `now_s` is monotonic ---------------------------------------------
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A placement of the idle nodes; `missing` says what one more pipeline would need."""
-
-    now_s: float
-    plans: tuple[PipelinePlan, ...]
-    missing: str
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """A payload that was checked on its own (hash, shapes, finite values)."""
-
-    now_s: float
-    round: int
-    generation: int
-    pipeline_id: int
-    peer: str
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class NodeLost:
-    now_s: float
-    peer: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Abandoned:
-    """A member says that its pipeline cannot go on."""
-
-    now_s: float
-    round: int
-    pipeline_id: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed; only the deadline looks at it."""
-
-    now_s: float
-
-
-@dataclass(frozen=True)
-class AggregateDone:
-    round: int
-
-
-@dataclass(frozen=True)
-class CommitNow:
-    round: int
-
-
-@dataclass(frozen=True)
-class NextRound:
-    """Open the round after a committed one, with a placement as in `Offer`."""
-
-    now_s: float
-    plans: tuple[PipelinePlan, ...]
-    missing: str
-
-
-@dataclass(frozen=True)
-class Resume:
-    pass
-
-
-Event = Offer | Contribution | NodeLost | Abandoned | Tick | AggregateDone | CommitNow | NextRound | Resume
 
 # --- effects: records (durable), then actions -------------------------------------------------
 
@@ -187,6 +206,7 @@ Event = Offer | Contribution | NodeLost | Abandoned | Tick | AggregateDone | Com
 @dataclass(frozen=True)
 class RoundOpened:
     round: int
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,6 +223,14 @@ class ContributionHeld:
     held: Held
     whole: bool
     """The pipeline is complete with it."""
+    took_s: float | None = None
+
+
+@dataclass(frozen=True)
+class WrapUp:
+    """From now on a pipeline may contribute fewer inner steps."""
+
+    round: int
 
 
 @dataclass(frozen=True)
@@ -241,17 +269,66 @@ class JobChanged:
     state: JobState
     reason: str
     fruitless: int
+    order: Order | None = None
+
+
+@dataclass(frozen=True)
+class SettingsStored:
+    """They wait until pipelines are next formed; `text` says what changed."""
+
+    spec_json: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SettingsAdopted:
+    spec_json: str
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """Every round after `round` is discarded: its results, its pipelines and its leases."""
+
+    round: int
+    lineage: int
+    discarded: int
+    """How many committed rounds."""
+    best: Best | None = None
+    """Of the rounds that stay."""
+
+
+@dataclass(frozen=True)
+class ScoringBegun:
+    round: int
+    pipeline_id: int
+
+
+@dataclass(frozen=True)
+class RoundScored:
+    """`loss` is None if nobody could say it; `reason` says why then."""
+
+    round: int
+    loss: float | None
+    tokens: int
+    best: Best | None
+    reason: str
 
 
 Record = (
     RoundOpened
     | PipelinesFormed
     | ContributionHeld
+    | WrapUp
     | PipelineLost
     | RoundFrozen
     | RoundAggregated
     | RoundCommitted
     | JobChanged
+    | SettingsStored
+    | SettingsAdopted
+    | Rewound
+    | ScoringBegun
+    | RoundScored
 )
 
 

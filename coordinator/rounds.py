@@ -7,53 +7,84 @@ reads a clock, a random source or a disk.
 
 A round goes OPEN → FROZEN → AGGREGATED → COMMITTED and never back. Its pipelines are fixed by
 (round, generation). A pipeline counts whole or not at all: the round freezes once every pipeline
-that is not lost is whole and at least one is, or at its deadline with what is whole. Without a
+that is not lost is whole and at least one is, or at its deadline with what is whole. Once a quorum
+is whole, or most of the time is gone, the round asks the others to contribute what they have, and
+waits for them only a little longer. Without a
 whole pipeline by then, or with all of them lost, the next generation is formed in the same
 round; after `fruitless_generations` in a row without one contribution the job pauses.
-A member whose contribution is held may leave: its part of the work is done.
+A member whose contribution is held may leave: its part of the work is done. A pipeline that loses a
+node in the first half of a round is formed anew of its other nodes and idle ones where that is
+possible, and trains from the start of the round; later, or without a replacement, the round goes on
+without it. What an owner asks
+for in between is in `control`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from coordinator.round_model import (
+from coordinator.control import change, ordered, resumed, rewound
+from coordinator.deadline import RECENT
+from coordinator.placement import PipelinePlan
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
+    Change,
     CommitNow,
     Contribution,
-    ContributionHeld,
-    Effect,
     Event,
-    FormPipelines,
-    Held,
-    JobChanged,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Pause,
+    Resume,
+    Rewind,
+    Scored,
+    Stop,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    ContributionHeld,
+    Effect,
+    FormPipelines,
+    Held,
+    JobState,
     OpenNext,
     Phase,
     Pipeline,
-    PipelineLost,
     PipelinesFormed,
     Reply,
-    Resume,
     RoundAggregated,
     RoundCommitted,
-    RoundFrozen,
     RoundOpened,
     RoundsState,
     Rules,
     Standing,
     Step,
-    Tick,
+    WrapUp,
 )
+from coordinator.round_steps import (
+    FORMING,
+    adopt,
+    changed,
+    finish,
+    freeze,
+    graced,
+    lose,
+    obey,
+    quorum_whole,
+    settle,
+    swap,
+    timed,
+)
+from coordinator.scoring import ask_next, begin_scoring, due, in_time, onward, scored
 
-FORMING = "pipelines are being formed"
+REPAIR_SHARE = 0.5
+"""Of a round's time: what is lost later could not be trained again within the rest."""
+_MOST_REPAIRS = 3
 
 
 def begin(rules: Rules) -> Step:
@@ -64,7 +95,7 @@ def begin(rules: Rules) -> Step:
 
 def recover(state: RoundsState, now_s: float) -> Step:
     """What to do with a state that was read back after a crash: go on where it stopped."""
-    state = replace(state, deadline_s=None)
+    state = state.stored()
     if state.job in (JobState.PAUSED, JobState.FINISHED):
         return state, ()
     match state.phase:
@@ -72,13 +103,15 @@ def recover(state: RoundsState, now_s: float) -> Step:
             return state, (Aggregate(state.round),)
         case Phase.AGGREGATED:
             return state, (Commit(state.round),)
+        case Phase.COMMITTED if state.scorer is not None:
+            return in_time(state, now_s), ()
         case Phase.COMMITTED:
             return state, (OpenNext(state.round + 1),)
         case Phase.OPEN:
             if state.job is JobState.WAITING:
                 return state, (FormPipelines(),)
             # How much of the time had passed is not stored: the round gets its whole time again.
-            return replace(state, deadline_s=now_s + state.rules.round_deadline_s), ()
+            return timed(state, now_s, state.attempts() - 1), ()
 
 
 def advance(state: RoundsState, event: Event) -> Step:
@@ -101,12 +134,18 @@ def advance(state: RoundsState, event: Event) -> Step:
             return after, (RoundAggregated(event.round), Commit(event.round))
         case CommitNow():
             return _committed(state, event)
+        case Scored():
+            return scored(state, event)
         case NextRound():
             return _next_round(state, event)
+        case Pause() | Stop():
+            return ordered(state, event)
         case Resume():
-            if state.job is not JobState.PAUSED:
-                return state, ()
-            return _waiting(replace(state, fruitless=0), FORMING)
+            return resumed(state, event)
+        case Rewind():
+            return rewound(state, event)
+        case Change():
+            return change(state, event)
 
 
 def refusal(state: RoundsState, event: Contribution) -> Reply | None:
@@ -124,6 +163,8 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     stored = pipeline.payload_of(event.peer)
     if stored == event.payload:
         return Reply(Answer.DUPLICATE)
+    if any(held.inner_steps != event.inner_steps for held in pipeline.held):
+        return Reply(Answer.REJECTED, f"its pipeline contributed {pipeline.held[0].inner_steps} inner steps")
     if stored is not None:
         return Reply(Answer.CONFLICT, f"another contribution to round {event.round} is already stored")
     if pipeline.standing is Standing.LOST:
@@ -131,11 +172,6 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     if state.phase is not Phase.OPEN:
         return Reply(Answer.LATE, f"round {event.round} froze without it")
     return None
-
-
-def _waiting(state: RoundsState, reason: str) -> Step:
-    after = replace(state, job=JobState.WAITING, reason=reason, deadline_s=None)
-    return after, (JobChanged(after.job, reason, after.fruitless), FormPipelines())
 
 
 def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
@@ -148,21 +184,25 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
             reason = f"{len(event.plans)} of at least {wanted} pipelines can be formed: {event.missing}"
         if reason == state.reason:
             return state, ()
-        return replace(state, reason=reason), (JobChanged(state.job, reason, state.fruitless),)
+        return replace(state, reason=reason), (changed(replace(state, reason=reason)),)
     generation = state.generation + 1
     first = len(state.pipelines)
-    formed = tuple(Pipeline(first + number, generation, plan.members) for number, plan in enumerate(event.plans))
+    formed = tuple(
+        Pipeline(first + number, generation, plan.members, formed_s=event.now_s)
+        for number, plan in enumerate(event.plans)
+    )
     after = replace(
         state,
         job=JobState.RUNNING,
         reason="",
         generation=generation,
         pipelines=(*state.pipelines, *formed),
-        deadline_s=event.now_s + state.rules.round_deadline_s,
+        wrapping=False,
     )
+    after = timed(after, event.now_s, state.attempts())
     return after, (
         PipelinesFormed(state.round, generation, formed),
-        JobChanged(after.job, "", after.fruitless),
+        changed(after),
     )
 
 
@@ -170,32 +210,58 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
     reply = refusal(state, event)
     if reply is not None:
         return state, (reply,)
-    held = Held(event.peer, event.payload)
+    held = Held(event.peer, event.payload, event.inner_steps)
     pipeline = state.pipeline(event.pipeline_id)
     assert pipeline is not None, "an unknown pipeline is refused above"
     together = tuple(sorted((*pipeline.held, held)))
     whole = len(together) == len(pipeline.members)
     standing = Standing.WHOLE if whole else Standing.ACTIVE
-    after = _swap(replace(state, fruitless=0), replace(pipeline, held=together, standing=standing))
-    records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole),)
+    took_s = None
+    if whole and pipeline.formed_s is not None:
+        share = event.inner_steps / state.rules.inner_steps if event.inner_steps else 1.0
+        took_s = (event.now_s - pipeline.formed_s) / share
+    pipeline = replace(pipeline, held=together, standing=standing, took_s=took_s)
+    after = swap(replace(state, fruitless=0), pipeline)
+    records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole, took_s),)
     if state.fruitless:
-        records += (JobChanged(after.job, after.reason, 0),)
-    after, effects = _settle(after)
+        records += (changed(after),)
+    if whole and quorum_whole(after) and after.with_standing(Standing.ACTIVE):
+        after, asked = _wrap_up(graced(after, event.now_s))
+        records += asked
+    after, effects = settle(after)
     return after, (*records, Reply(Answer.HELD), *effects)
 
 
-def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+def broken_by(state: RoundsState, peer: str) -> list[int]:
+    """The pipelines that a node's loss breaks."""
     if state.phase is not Phase.OPEN:
-        return state, ()
-    broken = [
+        return []
+    return [
         pipeline.pipeline_id
         for pipeline in state.with_standing(Standing.ACTIVE)
-        if pipeline.has(event.peer) and pipeline.payload_of(event.peer) is None
+        if pipeline.has(peer) and pipeline.payload_of(peer) is None
     ]
-    return _lose(state, broken, event.reason)
+
+
+def may_repair(state: RoundsState, now_s: float) -> bool:
+    """Whether there is time to train anew what a pipeline loses now."""
+    if state.began_s is None or state.deadline_s is None or state.wrapping:
+        return False
+    repairs = len({pipeline.generation for pipeline in state.latest_attempt() if pipeline.repair})
+    in_time = now_s - state.began_s < REPAIR_SHARE * (state.deadline_s - state.began_s)
+    return in_time and repairs < _MOST_REPAIRS
+
+
+def _node_lost(state: RoundsState, event: NodeLost) -> Step:
+    scorer = None if state.scorer is None else state.pipeline(state.scorer)
+    if scorer is not None and scorer.has(event.peer):
+        return ask_next(state, event.now_s, event.reason)
+    return _lost(state, broken_by(state, event.peer), event.reason, event.now_s, event.spares)
 
 
 def _abandoned(state: RoundsState, event: Abandoned) -> Step:
+    if state.scorer == event.pipeline_id and event.round == state.round:
+        return ask_next(state, event.now_s, event.reason)
     pipeline = state.pipeline(event.pipeline_id)
     if (
         state.phase is not Phase.OPEN
@@ -204,97 +270,100 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
         or pipeline.standing is not Standing.ACTIVE
     ):
         return state, ()
-    return _lose(state, [event.pipeline_id], event.reason)
+    return _lost(state, [event.pipeline_id], event.reason, event.now_s, event.spares)
 
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
-    if state.phase is not Phase.OPEN or state.deadline_s is None or event.now_s < state.deadline_s:
+    if state.scorer is not None and state.deadline_s is not None and event.now_s >= state.deadline_s:
+        return ask_next(state, event.now_s, "no held-out loss was reported in time")
+    if state.phase is not Phase.OPEN or state.deadline_s is None:
         return state, ()
+    if event.now_s < state.deadline_s:
+        due = state.wrap_s is not None and event.now_s >= state.wrap_s
+        return _wrap_up(state) if due else (state, ())
     if state.with_standing(Standing.WHOLE):
-        return _freeze(state)
+        return freeze(state)
     active = [pipeline.pipeline_id for pipeline in state.with_standing(Standing.ACTIVE)]
-    return _lose(state, active, f"not whole within {state.rules.round_deadline_s:g} s")
+    time_s = state.deadline_s - (state.began_s or 0.0)
+    return _lost(state, active, f"not whole within {time_s:g} s")
 
 
-def _lose(state: RoundsState, pipeline_ids: list[int], reason: str) -> Step:
+def _wrap_up(state: RoundsState) -> Step:
+    if state.wrapping:
+        return state, ()
+    return replace(state, wrapping=True), (WrapUp(state.round),)
+
+
+def _lost(
+    state: RoundsState,
+    pipeline_ids: list[int],
+    reason: str,
+    now_s: float = 0.0,
+    spares: tuple[PipelinePlan, ...] = (),
+) -> Step:
+    """Repair what was lost if there is time, and others to go on with; else leave it out."""
     if not pipeline_ids:
         return state, ()
-    records: list[Effect] = []
-    for pipeline_id in pipeline_ids:
-        pipeline = state.pipeline(pipeline_id)
-        assert pipeline is not None, "ids come from the state"
-        state = _swap(state, replace(pipeline, standing=Standing.LOST, reason=reason))
-        records.append(PipelineLost(state.round, pipeline_id, reason))
-    state, effects = _settle(state)
+    repairable = may_repair(state, now_s)
+    state, records = lose(state, pipeline_ids, reason)
+    others = state.with_standing(Standing.ACTIVE, Standing.WHOLE)
+    if spares and repairable and others:
+        state, formed = _repair(state, spares[: len(pipeline_ids)], now_s)
+        records += formed
+    state, effects = settle(state)
     return state, (*records, *effects)
 
 
-def _settle(state: RoundsState) -> Step:
-    """After a pipeline became whole or was lost: freeze, form again, pause, or go on as before."""
-    if state.with_standing(Standing.ACTIVE):
+def _repair(state: RoundsState, spares: tuple[PipelinePlan, ...], now_s: float) -> Step:
+    taken = state.counting_peers()
+    # What was free when the spares were looked for may be taken by now.
+    plans = [plan for plan in spares if not any(member.peer in taken for member in plan.members)]
+    if not plans:
         return state, ()
-    if state.with_standing(Standing.WHOLE):
-        return _freeze(state)
-    generation = [p for p in state.pipelines if p.generation == state.generation]
-    reason = generation[-1].reason
-    fruitless = 0 if any(p.held for p in generation) else state.fruitless + 1
-    state = replace(state, fruitless=fruitless)
-    if fruitless >= state.rules.fruitless_generations:
-        reason = (
-            f"round {state.round} brought no contribution in {fruitless} attempts, the last one: {reason};"
-            " see to the nodes, then resume the job"
-        )
-        after = replace(state, job=JobState.PAUSED, reason=reason, deadline_s=None)
-        return after, (JobChanged(after.job, reason, fruitless),)
-    return _waiting(state, f"pipelines are being formed again: {reason}")
-
-
-def _freeze(state: RoundsState) -> Step:
-    accepted = state.with_standing(Standing.WHOLE)
-    late = state.with_standing(Standing.ACTIVE)
-    for pipeline in late:
-        state = _swap(
-            state,
-            replace(pipeline, standing=Standing.LATE, reason=f"not whole when round {state.round} froze"),
-        )
-    state = replace(state, phase=Phase.FROZEN, deadline_s=None)
-    frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
-    return state, (frozen, Aggregate(state.round))
+    generation, first = state.generation + 1, len(state.pipelines)
+    formed = tuple(
+        Pipeline(first + number, generation, plan.members, formed_s=now_s, repair=True)
+        for number, plan in enumerate(plans)
+    )
+    after = replace(state, generation=generation, pipelines=(*state.pipelines, *formed))
+    return after, (PipelinesFormed(state.round, generation, formed),)
 
 
 def _committed(state: RoundsState, event: CommitNow) -> Step:
     if state.phase is not Phase.AGGREGATED or event.round != state.round:
         return state, ()
     accepted = tuple(p.pipeline_id for p in state.with_standing(Standing.WHOLE))
-    after = replace(state, phase=Phase.COMMITTED)
-    record = RoundCommitted(event.round, accepted)
-    if event.round < state.rules.rounds:
-        return after, (record, OpenNext(event.round + 1))
-    after = replace(after, job=JobState.FINISHED, reason="")
-    return after, (record, JobChanged(after.job, "", after.fruitless))
+    took_s = tuple(p.took_s for p in state.with_standing(Standing.WHOLE) if p.took_s is not None)
+    recent_s = (*state.recent_s, *took_s)[-RECENT:]
+    after, adopted = adopt(replace(state, phase=Phase.COMMITTED, recent_s=recent_s))
+    if after.order is not None:
+        after, effects = finish(after) if event.round >= after.rules.rounds else obey(after)
+    elif due(after.rules, event.round):
+        after, effects = begin_scoring(after, event.now_s)
+    else:
+        after, effects = onward(after)
+    return after, (RoundCommitted(event.round, accepted), *adopted, *effects)
 
 
 def _next_round(state: RoundsState, event: NextRound) -> Step:
-    if state.phase is not Phase.COMMITTED or state.job is JobState.FINISHED:
+    if state.phase is not Phase.COMMITTED or state.job in (JobState.FINISHED, JobState.PAUSED):
         return state, ()
+    if state.scorer is not None:
+        return state, ()
+    if state.round >= state.rules.rounds:
+        return finish(state)
     opened = replace(
         state,
         job=JobState.WAITING,
         reason=FORMING,
         round=state.round + 1,
         phase=Phase.OPEN,
-        generation=0,
+        generation=state.lineage,
         pipelines=(),
+        wrapping=False,
         deadline_s=None,
     )
     after, effects = _offered(opened, event)
     if after.job is JobState.RUNNING:
-        return after, (RoundOpened(opened.round), *effects)
-    return after, (RoundOpened(opened.round), JobChanged(after.job, after.reason, after.fruitless))
-
-
-def _swap(state: RoundsState, pipeline: Pipeline) -> RoundsState:
-    return replace(
-        state,
-        pipelines=tuple(pipeline if p.pipeline_id == pipeline.pipeline_id else p for p in state.pipelines),
-    )
+        return after, (RoundOpened(opened.round, opened.generation), *effects)
+    return after, (RoundOpened(opened.round, opened.generation), changed(after))

@@ -17,7 +17,9 @@ from coordinator.driver import JobDriver, Shared
 from coordinator.intake import Intake
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
+from coordinator.owner import Owner
 from coordinator.records import NodeRecord
+from coordinator.round_model import JobState
 from coordinator.signal import wait_until
 from swarm.errors import ContributionError, FrameTooLarge, InputError, ResourceError, SpanError
 from swarm.ids import Span
@@ -30,6 +32,8 @@ _MAX_HISTORY = 1000
 _MAX_LISTED = 500
 _LISTED_HISTORY = 10
 _MAX_ADAPTERS = 100
+_MAX_LINES = 500
+_MOST_TOKEN_BLOCK_S = 60.0
 """Replies stay below the 8 MiB of a message: lists show the newest, a single job shows more rounds."""
 _FINAL = frozenset({pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED, pb.VERDICT_LATE, pb.VERDICT_REJECTED})
 
@@ -117,8 +121,19 @@ class CoordinatorService:
         async with self._heard(caller):
             driver = self._jobs.find(request.job_id)
             why = f"{request.reason.code} {request.reason.cause}".strip()[:_MAX_TEXT] or "given up by its lead"
-            await driver.abandon(caller, request.round, request.generation, request.pipeline_id, why)
+            await driver.abandon(
+                *(caller, request.round, request.generation, request.pipeline_id, why), request.reason.blame
+            )
         return pb.AbandonReply()
+
+    async def report_score(self, caller: str, request: pb.ReportScoreRequest) -> pb.ReportScoreReply:
+        """Raises JobNotFound, ContributionError."""
+        async with self._heard(caller):
+            driver = self._jobs.find(request.job_id)
+            await driver.report_score(
+                *(caller, request.round, request.generation, request.pipeline_id, request.loss, request.tokens)
+            )
+        return pb.ReportScoreReply()
 
     # --- pieces -------------------------------------------------------------------------------
 
@@ -146,7 +161,8 @@ class CoordinatorService:
         """Raises ConfigError, VersionError, ModelMismatch, JobConflict, StorageError."""
         check_hello(request.hello, self._shared.model.model_hash)
         driver = await self._jobs.submit(
-            caller, request.spec_json, request.dataset, request.dataset_size, request.samples
+            *(caller, request.spec_json, request.dataset, request.dataset_size, request.samples),
+            heldout=(request.heldout, request.heldout_size, request.heldout_samples),
         )
         return await self._status(driver)
 
@@ -160,14 +176,51 @@ class CoordinatorService:
         return pb.ListJobsReply(jobs=[await self._status(d, _LISTED_HISTORY) for d in newest], nodes=nodes)
 
     async def get_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
-        """Raises JobNotFound."""
-        return await self._status(self._jobs.find(request.job))
-
-    async def resume_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
-        """Raises JobNotFound, JobConflict: not paused."""
+        """Raises JobNotFound, JobConflict: the adapter of that round is not kept."""
         driver = self._jobs.find(request.job)
-        await driver.resume()
+        wanted = request.adapter_round if request.HasField("adapter_round") else None
+        return await self._status(driver, adapter_round=wanted)
+
+    async def pause_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).pause()
         return await self._status(driver)
+
+    async def stop_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).stop()
+        return await self._status(driver)
+
+    async def resume_job(self, caller: str, request: pb.ResumeJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict, StorageError, CorruptData."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).resume(request.round if request.HasField("round") else None)
+        return await self._status(driver)
+
+    async def change_job(self, caller: str, request: pb.ChangeJobRequest) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict, ConfigError."""
+        driver = self._jobs.find(request.job)
+        await Owner(driver, self._shared, caller).change(dict(request.settings))
+        return await self._status(driver)
+
+    async def job_log(self, caller: str, request: pb.JobLogRequest) -> pb.JobLogReply:
+        """Lines after `after`, at once if there are any. Raises JobNotFound."""
+        driver = self._jobs.find(request.job)
+        storage, job_id = self._shared.storage, driver.job.job_id
+
+        async def newer() -> pb.JobLogReply | None:
+            # Asked before the lines are read: a job that ends in between is seen by the next call.
+            ended = driver.state.job is JobState.FINISHED
+            lines = await asyncio.to_thread(storage.log, job_id, request.after, _MAX_LINES)
+            if not lines and not ended:
+                return None
+            finished = ended and len(lines) < _MAX_LINES
+            return pb.JobLogReply(lines=[views.log_line(line) for line in lines], finished=finished)
+
+        reply = await wait_until(newer, driver.changed, self._wait_s(request.wait_s), self._shared.clock)
+        return reply or pb.JobLogReply()
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -182,6 +235,7 @@ class CoordinatorService:
         elif part is not None:
             reply.assignment.CopyFrom(part)
             reply.reason = driver.reason if driver else ""
+            reply.wrap_up = part.index == 0 and driver is not None and driver.state.wrapping
         else:
             reply.reason = views.idle_reason(drivers, caller)
         adapters = [views.finished_adapter(driver) for driver in drivers]
@@ -209,11 +263,17 @@ class CoordinatorService:
             reply.update.CopyFrom(views.outer_update(kept, driver.published[kept]))
         return reply
 
-    async def _status(self, driver: JobDriver, rounds: int = _MAX_HISTORY) -> pb.JobStatus:
+    async def _status(
+        self, driver: JobDriver, rounds: int = _MAX_HISTORY, adapter_round: int | None = None
+    ) -> pb.JobStatus:
+        if adapter_round is None:
+            adapter_round = driver.adapter_round
+        else:
+            driver.outcome_of(adapter_round)
         storage, job_id = self._shared.storage, driver.job.job_id
         history = await asyncio.to_thread(storage.history, job_id, rounds)
         totals = await asyncio.to_thread(storage.totals, job_id)
-        return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix())
+        return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix(), adapter_round)
 
     def _note(self, caller: str, request: pb.PollRequest) -> None:
         """Keep what a node says of itself; progress only of a job it leads, so that it is bounded."""
@@ -233,7 +293,9 @@ class CoordinatorService:
         texts = (*request.addrs, request.device, request.dtype)
         if len(request.addrs) > _MAX_ADDRS or any(len(text) > _MAX_TEXT for text in texts):
             raise InputError(f"a node has at most {_MAX_ADDRS} addresses of {_MAX_TEXT} characters")
-        return NodeRecord(caller, span, tuple(request.addrs), request.device, request.dtype)
+        # Written so that NaN means not known; whoever boasts is asked to train faster, no more.
+        token_block_s = request.token_block_s if 0 < request.token_block_s < _MOST_TOKEN_BLOCK_S else 0.0
+        return NodeRecord(caller, span, tuple(request.addrs), request.device, request.dtype, token_block_s)
 
     def _store_node(self, record: NodeRecord) -> None:
         with self._shared.storage.transaction("node"):

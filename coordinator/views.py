@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from coordinator.driver import JobDriver
 from coordinator.nodes import Node, Nodes
-from coordinator.records import AdapterFile, JobTotals, Outcome, RoundSummary
+from coordinator.records import AdapterFile, JobTotals, LogLine, Outcome, RoundSummary
 from coordinator.round_model import JobState, Phase, Standing
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -22,6 +22,8 @@ def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | No
     pipeline = driver.assignment_of(peer)
     if pipeline is None:
         return None
+    asked = driver.state.scorer == pipeline.pipeline_id and pipeline.members[0].peer == peer
+    before = driver.published.get(driver.state.round - 1)
     hops = []
     for member in pipeline.members:
         node = nodes.get(member.peer)
@@ -39,6 +41,11 @@ def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | No
         round=driver.state.round,
         dataset=driver.job.dataset,
         dataset_size=driver.job.dataset_size,
+        base_hash=before.params_hash if before is not None else b"",
+        lineage=driver.state.lineage,
+        score=asked,
+        heldout=driver.job.heldout,
+        heldout_size=driver.job.heldout_size,
     )
 
 
@@ -63,13 +70,13 @@ def _because(why: str | None) -> str:
 
 def finished_adapter(driver: JobDriver) -> pb.FinishedAdapter | None:
     """The adapter of a finished job."""
-    outcome = driver.published.get(driver.committed_round)
-    if driver.state.job is not JobState.FINISHED or outcome is None:
+    outcome = driver.published.get(driver.adapter_round)
+    if driver.state.job is not JobState.FINISHED or outcome is None or not driver.committed_round:
         return None
     return pb.FinishedAdapter(
         name=driver.job.name,
         job_id=driver.job.job_id,
-        round=driver.committed_round,
+        round=driver.adapter_round,
         files=_files(outcome.files),
     )
 
@@ -110,11 +117,17 @@ def outer_update(round: int, outcome: Outcome) -> pb.OuterUpdate:
 
 
 def job_status(
-    driver: JobDriver, nodes: Nodes, history: Sequence[RoundSummary], totals: JobTotals, now_unix_s: float
+    driver: JobDriver,
+    nodes: Nodes,
+    history: Sequence[RoundSummary],
+    totals: JobTotals,
+    now_unix_s: float,
+    adapter_round: int,
 ) -> pb.JobStatus:
+    """`adapter_round` is the kept round whose adapter is named; 0 for none."""
     state, job = driver.state, driver.job
     inner_steps = driver.spec.schedule.inner_steps
-    outcome = driver.published.get(driver.committed_round)
+    outcome = driver.published.get(adapter_round)
     progress = _progress(driver, nodes)
     return pb.JobStatus(
         job_id=job.job_id,
@@ -131,9 +144,29 @@ def job_status(
         ddp_bf16_bytes=totals.accepted_pipeline_rounds * inner_steps * job.trainable_parameters * _BF16_BYTES,
         history=[_round_status(summary, progress, now_unix_s) for summary in history],
         progress=progress,
-        adapter=_files(outcome.files) if outcome is not None and driver.committed_round else (),
-        adapter_round=driver.committed_round,
+        adapter=_files(outcome.files) if outcome is not None and adapter_round else (),
+        adapter_round=adapter_round,
         spec_json=job.spec_json,
+        kept_rounds=[round for round in driver.kept_rounds if round],
+        next_spec_json=state.next.spec_json if state.next is not None else "",
+        submitter=job.submitter,
+        best_round=state.best.round if state.best is not None else 0,
+        best_loss=state.best.loss if state.best is not None else None,
+    )
+
+
+def log_line(line: LogLine) -> pb.LogLine:
+    return pb.LogLine(
+        seq=line.seq,
+        unix_s=line.unix_s,
+        kind=line.kind,
+        round=line.round,
+        text=line.text,
+        peer_id=line.peer,
+        pipeline_id=line.pipeline_id,
+        loss=line.loss,
+        tokens=line.tokens,
+        bytes=line.size,
     )
 
 
@@ -167,6 +200,8 @@ def _round_status(summary: RoundSummary, progress: Sequence[pb.TrainProgress], n
         # Wall-clock time may have been set back in between.
         seconds=max(0.0, (summary.committed_unix_s or now_unix_s) - summary.opened_unix_s),
     )
+    if summary.eval_loss is not None:
+        status.eval_loss = summary.eval_loss
     losses = [item.loss for item in progress if item.round == summary.round]
     if summary.loss is not None:
         status.loss = summary.loss

@@ -29,7 +29,10 @@ from swarm.errors import StorageError
 
 @dataclass(frozen=True)
 class SavedState:
-    """`round`: the round these parameters start. `base_hash`: of all blocks' parameters then."""
+    """`round`: the round these parameters start. `base_hash`: of all blocks' parameters then.
+
+    `lineage`: the coordinator's number for the history of rounds they follow from.
+    """
 
     round: int
     base_hash: bytes
@@ -37,6 +40,7 @@ class SavedState:
     residual: Parameters
     moments: Parameters
     steps: int
+    lineage: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class JobFolder:
         arrays |= {f"p/{key}": value for key, value in state.reference.items()}
         arrays |= {f"e/{key}": value for key, value in state.residual.items()}
         facts = {"round": state.round, "base_hash": state.base_hash.hex(), "steps": state.steps}
+        facts["lineage"] = state.lineage
         self._write(self._state, _dump(arrays, facts))
 
     def load(self) -> SavedState | None:
@@ -79,6 +84,7 @@ class JobFolder:
             residual=_under(arrays, "e/"),
             moments={key: value for key, value in arrays.items() if key.startswith(("m/", "v/"))},
             steps=int(facts["steps"]),
+            lineage=int(facts.get("lineage", 0)),
         )
 
     def save_pending(self, pending: PendingContribution) -> None:

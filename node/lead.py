@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,13 @@ from node.turns import auto_microbatches
 from swarm.compute import Compute
 from swarm.config import JobSpec, Schedule
 from swarm.data.batch import Batch, batch_positions, collate
-from swarm.data.chat import encode_sample
-from swarm.data.dataset import ChatDataset
 from swarm.data.microbatch import Microbatch, split_batch
 from swarm.data.order import sample_index
+from swarm.data.sources import Samples
 from swarm.errors import ContributionError
 from swarm.model.shard import Head
 from swarm.net.chain import Chain
+from swarm.optim.schedule import global_step, learning_rate
 from swarm.wire.v1 import chain_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -45,6 +46,8 @@ class Progress:
     tokens_per_s: float = 0.0
     skipped_steps: int = 0
     """Of this round: their loss or gradient was not finite."""
+    wrap_up: bool = False
+    """The coordinator asks for what there is; written by the poll loop."""
 
 
 class LeadLoop:
@@ -53,7 +56,7 @@ class LeadLoop:
     def __init__(
         self,
         spec: JobSpec,
-        dataset: ChatDataset,
+        dataset: Samples,
         tokenizer: Any,
         head: Head,
         stage: AdapterStage,
@@ -69,25 +72,28 @@ class LeadLoop:
         self._progress = progress
         self._cut_tokens = 0
 
-    async def train_round(
-        self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None, first_round: int
-    ) -> Work:
-        """H inner steps of the lease's samples.
+    async def train_round(self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None) -> Work:
+        """H inner steps of the lease's samples, fewer if asked to wrap up.
 
         Raises PeerLost, whatever a stage reports, and ContributionError if every step was skipped.
         """
-        schedule, clip = self._spec.schedule, self._spec.inner.clip
+        schedule, inner = self._spec.schedule, self._spec.inner
         ranges = [(r.start, r.end) for r in lease.ranges]
         driver = StepDriver(self._head, self._stage, self._compute, chain)
-        tokens, losses, skipped = 0, list[float](), 0
+        tokens, label_tokens, losses, skipped = 0, 0, list[float](), 0
         for step in range(schedule.inner_steps):
+            if step and self._progress.wrap_up:
+                log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=step)
+                break
             began = time.monotonic()
             batch = self._batch(ranges, step)
-            lr = self._learning_rate((assignment.round - first_round) * schedule.inner_steps + step)
-            result = await driver.step(self._parts(batch, assignment), lr, clip)
+            at = global_step(assignment.round, schedule.inner_steps, step)
+            lr = learning_rate(inner, at, schedule.rounds * schedule.inner_steps)
+            result = await driver.step(self._parts(batch, assignment), lr, inner.clip)
             elapsed_s = time.monotonic() - began
             if result.taken:
                 tokens += batch.tokens
+                label_tokens += batch.label_tokens
                 losses.append(result.loss)
                 self._progress.loss = result.loss
             else:
@@ -118,11 +124,12 @@ class LeadLoop:
             round=assignment.round,
             generation=assignment.generation,
             pipeline_id=assignment.pipeline_id,
-            inner_steps=schedule.inner_steps,
+            inner_steps=len(losses) + skipped,
             tokens=tokens,
             lease_id=lease.lease_id,
             loss=sum(losses) / len(losses),
             skipped_steps=skipped,
+            label_tokens=label_tokens,
         )
         if chain is not None:
             await chain.end_round(
@@ -140,8 +147,7 @@ class LeadLoop:
         schedule = self._spec.schedule
         samples = []
         for position in batch_positions(ranges, step, schedule.samples_per_step):
-            messages = self._dataset[sample_index(position, len(self._dataset), schedule.seed)]
-            sample = encode_sample(self._tokenizer, messages, schedule.max_length)
+            sample = self._dataset.encode(sample_index(position, len(self._dataset), schedule.seed))
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
         return collate(samples, self._tokenizer.pad_token_id or 0)
@@ -150,9 +156,15 @@ class LeadLoop:
         schedule = self._spec.schedule
         return split_batch(batch, microbatches(schedule, len(assignment.hops)) * schedule.accumulate)
 
-    def _learning_rate(self, step: int) -> float:
-        inner = self._spec.inner
-        return inner.lr * min(1.0, (step + 1) / (inner.warmup_steps + 1))
+    def heldout_batches(self, dataset: Samples) -> Iterator[Batch]:
+        """The job's evaluation samples, the same ones every time. Raises DatasetError, UnsupportedModel."""
+        schedule, settings = self._spec.schedule, self._spec.eval
+        count = min(settings.samples, len(dataset)) if settings is not None else 0
+        indices = [sample_index(position, len(dataset), schedule.seed) for position in range(count)]
+        for first in range(0, count, schedule.batch_size):
+            chosen = indices[first : first + schedule.batch_size]
+            samples = [dataset.encode(index) for index in chosen]
+            yield collate(samples, self._tokenizer.pad_token_id or 0)
 
 
 def microbatches(schedule: Schedule, nodes: int) -> int:

@@ -133,7 +133,9 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         if settings.join.coordinator:
             link = Link(settings.join, identity, traffic)
             stack.push_async_callback(link.close)
-            worker = Worker(peer, compute, model, ledger, link, adapters, traffic, data_dir.path)
+            worker = Worker(
+                *(peer, compute, model, ledger, link, adapters, traffic, data_dir.path), volunteer.token_block_s
+            )
 
         def count(size: int) -> None:
             traffic.activation_bytes += size

@@ -51,6 +51,8 @@ class Work:
     """Mean over the round's inner steps; the lead knows it."""
     skipped_steps: int = 0
     """Of `inner_steps`: their loss or gradient was not finite."""
+    label_tokens: int = 0
+    """Tokens that carried loss; the lead knows it."""
 
 
 class JobMember:
@@ -81,13 +83,20 @@ class JobMember:
         self._reference: Parameters = {}
         self._base_hash = b""
         self._residual: Parameters = {}
+        self._lineage = 0
 
-    async def prepare(self, round: int) -> None:
-        """Hold the parameters that `round` starts from, with no inner work on top of them."""
+    async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0) -> None:
+        """Hold the parameters that `round` starts from, with no inner work on top of them.
+
+        `base_hash` is what the coordinator says all parameters hash to, `lineage` its number for the
+        history they follow from: after rounds were discarded, what this node carried over is void.
+        """
         async with self._lock:
             if self._round == 0:
                 await self._restore(round)
-            if self._round != round:
+            if lineage != self._lineage:
+                await self._forget(lineage)
+            if self._round != round or (base_hash and self._base_hash != base_hash):
                 await self._catch_up(round)
             await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
 
@@ -138,6 +147,7 @@ class JobMember:
             tokens=work.tokens,
             lease_id=work.lease_id,
             skipped_steps=work.skipped_steps,
+            label_tokens=work.label_tokens,
             span=common_pb2.Span(start=self.span.start, end=self.span.end),
         )
         if work.loss is not None:
@@ -162,7 +172,7 @@ class JobMember:
         request = pb.AwaitRoundRequest(job_id=self.job_id, round=round, wait_s=_WAIT_S)
         while True:
             reply = await self._link.call(lambda client: client.await_round(request))
-            if reply.committed or reply.receipt.verdict in _VOID:
+            if reply.committed or reply.finished or reply.receipt.verdict in _VOID:
                 break
         pending = await asyncio.to_thread(self._folder.load_pending)
         counted = reply.receipt.verdict in _COUNTED
@@ -246,6 +256,13 @@ class JobMember:
         if self._round == 0 and round == FIRST_ROUND:
             await asyncio.to_thread(self._initialize)
 
+    async def _forget(self, lineage: int) -> None:
+        """Rounds were discarded: residual, moments and parameters are of a history that did not happen."""
+        log.info("rounds_discarded", job=self.job_id, lineage=lineage)
+        self._lineage, self._round, self._residual = lineage, 0, {}
+        self._folder.clear_pending()
+        await self._compute.run(Priority.TRAIN, self.stage.clear_moments)
+
     def _initialize(self) -> None:
         whole = self._adapters.initial(self.spec.method, self.spec.schedule.seed)
         self._reference = {key: whole[key] for key in whole if int(block_of(key)) in self.span}
@@ -254,7 +271,7 @@ class JobMember:
 
     def _adopt(self, saved: SavedState) -> None:
         self._reference, self._residual = saved.reference, saved.residual
-        self._base_hash, self._round = saved.base_hash, saved.round
+        self._base_hash, self._round, self._lineage = saved.base_hash, saved.round, saved.lineage
 
     async def _catch_up(self, round: int) -> None:
         """Reach the parameters `round` starts from: one update if we hold the round before, else a snapshot."""
@@ -272,7 +289,7 @@ class JobMember:
 
     async def _save(self) -> None:
         moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
-        state = SavedState(self._round, self._base_hash, self._reference, self._residual, moments, steps)
+        state = SavedState(self._round, self._base_hash, self._reference, self._residual, moments, steps, self._lineage)
         await asyncio.to_thread(self._folder.save, state)
 
     def block_hashes(self) -> dict[str, bytes]:

@@ -169,6 +169,10 @@ class AdapterStage:
                 steps = int(state["step"])
         return arrays, steps
 
+    def clear_moments(self) -> None:
+        """Start AdamW anew."""
+        self._optimizer.state.clear()
+
     def set_moments(self, arrays: Mapping[str, NDArray[np.float32]], steps: int) -> None:
         """Restore what `moments` gave; keys that are not of this span are ignored, absent ones start at zero."""
         for key, parameter in self.parameters.items():

@@ -191,6 +191,13 @@ class Volunteer:
             kv_free_bytes=max(0, room - used),
         )
 
+    def token_block_s(self) -> float:
+        """Seconds a token of a long chunk and a block take here, as measured; 0 before that."""
+        status = self._status
+        if status.span is None or status.prefill_tokens_per_s <= 0:
+            return 0.0
+        return 1.0 / (status.prefill_tokens_per_s * len(status.span))
+
     async def publish(self) -> bool:
         """Write the record. False if no DHT peer took it."""
         return await publish_status(self._peer, self._checkpoint.model_hash, self.status())

@@ -9,6 +9,7 @@ unless that is only waiting for its round to settle.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from node.adapters import AdapterStore
 from node.jobstate import JobFolder
 from node.lead import LeadLoop, Progress
 from node.link import Link
-from node.member import FIRST_ROUND, JobMember, Work
+from node.member import JobMember, Work
 from node.memory import Ledger
+from node.scoring import Scorer
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
-from swarm.data.dataset import ChatDataset, parse_chat_lines
+from swarm.data.sources import Samples, open_samples
 from swarm.errors import SessionError, SwarmError
 from swarm.ids import Span
 from swarm.metrics import Traffic
@@ -56,7 +58,10 @@ class Worker:
         adapters: AdapterStore,
         traffic: Traffic,
         data_dir: Path,
+        token_block_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        """`token_block_s`: what a token and block take here, as it was measured last; 0 if it was not."""
+        self._token_block_s = token_block_s
         self._peer = peer
         self._compute = compute
         self._model = model
@@ -70,10 +75,11 @@ class Worker:
         self._assigned = asyncio.Condition()
         self._progress = Progress()
         self._lead_task: asyncio.Task[None] | None = None
-        self._settling: dict[str, asyncio.Task[None]] = {}
+        self._scoring: tuple[pb.Assignment, asyncio.Task[None]] | None = None
+        self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
         self._tokenizer: Any = None
-        self._datasets: dict[bytes, ChatDataset] = {}
+        self._datasets: dict[tuple[bytes, int], Samples] = {}
         self.reason = ""
 
     async def run(self) -> None:
@@ -94,6 +100,8 @@ class Worker:
                     self.reason = reply.reason
                     log.info("standing", reason=reply.reason or "working")
                 await self._assign(reply.assignment if reply.HasField("assignment") else None)
+                self._progress.wrap_up = reply.wrap_up
+                self._score_if_asked(reply.assignment)
                 for finished in reply.adapters:
                     await self._hold(finished)
         finally:
@@ -107,6 +115,7 @@ class Worker:
             addrs=self._peer.addrs,
             device=str(self._model.shard.device),
             dtype=str(self._model.shard.dtype).removeprefix("torch."),
+            token_block_s=self._token_block_s(),
         )
         await self._link.call(lambda client: client.register(request))
         log.info("registered", blocks=str(self._model.span))
@@ -126,15 +135,19 @@ class Worker:
         old = self._assignment
         if _same(old, new):
             return
+        if self._scoring is not None:
+            await _cancel(self._scoring[1])
+            self._scoring = None
         if self._lead_task is not None and self._lead_task.done():
             self._lead_task = None
         if self._lead_task is not None:
             await _cancel(self._lead_task)
             self._lead_task = None
-        if new is not None and old is not None and (old.job_id, old.round) == (new.job_id, new.round):
-            # The round was formed anew: what waits for the old forming to settle would wait forever.
-            settling = self._settling.pop(new.job_id, None)
-            if settling is not None:
+        if new is not None:
+            # The round was formed anew, or discarded: what waits for the old forming would wait forever.
+            round, settling = self._settling.get(new.job_id, (0, None))
+            if settling is not None and new.round <= round:
+                del self._settling[new.job_id]
                 await _cancel(settling)
         async with self._assigned:
             self._assignment = new
@@ -142,6 +155,7 @@ class Worker:
         if new is not None:
             log.info("assigned", job=new.job_name, round=new.round, stage=new.index, of=len(new.hops))
             if new.index == 0:
+                self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
 
     async def _member(self, assignment: pb.Assignment) -> JobMember:
@@ -162,6 +176,8 @@ class Worker:
             member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
             await member.finish_pending()
             self._members[assignment.job_id] = member
+        # An owner may change settings between rounds.
+        member.spec = job_from_json(assignment.spec_json)
         return member
 
     # ---- stage -------------------------------------------------------------------------------
@@ -191,7 +207,7 @@ class Worker:
 
     def settle_later(self, member: JobMember, work: Work) -> None:
         """Contribute and settle a stage's round beside its chain, which may end meanwhile."""
-        self._settling[member.job_id] = asyncio.create_task(self._settle(member, work))
+        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work)))
 
     async def _settle(self, member: JobMember, work: Work) -> None:
         try:
@@ -202,8 +218,11 @@ class Worker:
     # ---- lead --------------------------------------------------------------------------------
 
     async def _lead(self, assignment: pb.Assignment) -> None:
+        await self._reporting(assignment, self._lead_round(assignment))
+
+    async def _reporting(self, assignment: pb.Assignment, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._lead_round(assignment)
+            await work
         except Exception as error:
             # Whatever went wrong, the coordinator must know that this pipeline will not deliver.
             known = error if isinstance(error, SwarmError) else SwarmError(f"the lead failed: {type(error).__name__}")
@@ -219,14 +238,51 @@ class Worker:
                 round=assignment.round,
                 generation=assignment.generation,
                 pipeline_id=assignment.pipeline_id,
-                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix),
+                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix, blame=known.blame),
             )
             await self._link.call(lambda client: client.abandon(request))
+
+    def _score_if_asked(self, assignment: pb.Assignment) -> None:
+        """Once for a committed round, beside the poll."""
+        asked = assignment.score and assignment.index == 0
+        if asked and (self._scoring is None or not _same(self._scoring[0], assignment)):
+            self._scoring = (assignment, asyncio.create_task(self._reporting(assignment, self._score(assignment))))
+
+    async def _score(self, assignment: pb.Assignment) -> None:
+        """The held-out loss of the parameters that the next round starts from."""
+        member = await self._member(assignment)
+        digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
+        data = await self._link.call(lambda client: client.get_blob(digest, size))
+        loop = await self._lead_loop(assignment, member)
+        where = f"{assignment.job_name}, held out"
+        dataset = await self._samples(data, where, member.spec.schedule.max_length)
+        await member.prepare(following, lineage=assignment.lineage)
+
+        async def open_chain() -> Chain | None:
+            if len(assignment.hops) == 1:
+                return None
+            chain = await self._open_chain(assignment, member)
+            await chain.begin_round(following)
+            return chain
+
+        assert self._head is not None, "the lead's loop holds the head"
+        scorer = Scorer(self._head, member.stage, self._compute, open_chain)
+        score = await scorer.score(loop.heldout_batches(dataset))
+        log.info("scored", job=assignment.job_name, round=assignment.round, loss=score.loss, tokens=score.tokens)
+        request = pb.ReportScoreRequest(
+            job_id=assignment.job_id,
+            round=assignment.round,
+            generation=assignment.generation,
+            pipeline_id=assignment.pipeline_id,
+            loss=score.loss,
+            tokens=score.tokens,
+        )
+        await self._link.call(lambda client: client.report_score(request))
 
     async def _lead_round(self, assignment: pb.Assignment) -> None:
         member = await self._member(assignment)
         loop = await self._lead_loop(assignment, member)
-        await member.prepare(assignment.round)
+        await member.prepare(assignment.round, assignment.base_hash, assignment.lineage)
         chain = None
         try:
             if len(assignment.hops) > 1:
@@ -239,7 +295,7 @@ class Worker:
                 pipeline_id=assignment.pipeline_id,
             )
             lease = await self._link.call(lambda client: client.lease(lease_request))
-            work = await loop.train_round(assignment, lease, chain, FIRST_ROUND)
+            work = await loop.train_round(assignment, lease, chain)
         finally:
             if chain is not None:
                 await chain.close()
@@ -252,12 +308,15 @@ class Worker:
             head = await self._compute.run(Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device)
             self._head = head
             self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
-        if assignment.dataset not in self._datasets:
-            digest, size = assignment.dataset, assignment.dataset_size
+        digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
+        if (digest, max_length) not in self._datasets:
             data = await self._link.call(lambda client: client.get_blob(digest, size))
-            self._datasets = {digest: await asyncio.to_thread(parse_chat_lines, data, assignment.job_name)}
-        dataset = self._datasets[assignment.dataset]
+            self._datasets = {(digest, max_length): await self._samples(data, assignment.job_name, max_length)}
+        dataset = self._datasets[digest, max_length]
         return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
+
+    async def _samples(self, data: bytes, where: str, max_length: int) -> Samples:
+        return await asyncio.to_thread(open_samples, data, where, self._tokenizer, max_length)
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
@@ -297,7 +356,8 @@ class Worker:
             member.close()
 
     async def _end_all(self) -> None:
-        for task in [self._lead_task, *self._settling.values()]:
+        scoring = None if self._scoring is None else self._scoring[1]
+        for task in [self._lead_task, scoring, *(task for _, task in self._settling.values())]:
             if task is not None:
                 await _cancel(task)
 
@@ -334,7 +394,9 @@ class StageSession:
         self._member.stage.skip()
 
     async def begin_round(self, round: int) -> None:
-        await self._member.prepare(round)
+        # A lead that scores a committed round asks for what the next one starts from.
+        own = round == self._assignment.round
+        await self._member.prepare(round, self._assignment.base_hash if own else b"", self._assignment.lineage)
 
     def end_round(self, message: chain_pb2.EndRound) -> None:
         work = Work(

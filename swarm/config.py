@@ -57,8 +57,10 @@ class Schedule(Settings):
     seed: int = 0
     min_pipelines: Annotated[int, Field(ge=1, le=1024)] = 1
     """A round starts once this many pipelines can be formed."""
-    round_deadline_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A round freezes with what it has once this time has passed."""
+    round_deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """A round freezes with what it has once this time has passed; auto: three times what pipelines took lately."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of a round's pipelines; once they are whole, the others have a short grace, then the round freezes."""
 
     @property
     def samples_per_step(self) -> int:
@@ -83,6 +85,28 @@ class InnerSettings(Settings):
     """Linear warm-up over the first inner steps of the job."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of a step's gradient, over the adapters of all blocks together; unset: any."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """What the learning rate does after the warm-up, down to zero at the job's last inner step."""
+
+
+class EvalSettings(Settings):
+    """Held-out evaluation on the swarm's own pipelines, forward only; the file travels with the job."""
+
+    data: Path
+    """As `data.train`."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """Rounds from one evaluation to the next; the last round is always scored."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """The first so many of the file, in seeded order: the same ones every time."""
+
+
+class EarlyStopping(Settings):
+    """Ends a job whose held-out loss no longer falls; its adapter is then the best round's."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations in a row that are no better than the best one."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """How much lower a loss must be to count as better."""
 
 
 class OuterSettings(Settings):
@@ -94,6 +118,8 @@ class OuterSettings(Settings):
     lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     nesterov: bool = True
+    weights: Literal["tokens", "equal"] = "tokens"
+    """What a pipeline's share in the average follows: the labelled tokens it trained on, or nothing."""
 
 
 class CodecSettings(Settings):
@@ -126,6 +152,8 @@ class JobSpec(Settings):
     outer: OuterSettings = OuterSettings()
     uplink: CodecSettings = CodecSettings()
     downlink: CodecSettings = CodecSettings(density=0.125, decay=1.0)
+    eval: EvalSettings | None = None
+    early_stopping: EarlyStopping | None = None
     activations: ActivationEncoding = "int8"
     """How activations and their gradients cross the links between the nodes of a pipeline."""
     precision: Precision = "auto"
@@ -145,6 +173,12 @@ class JobSpec(Settings):
             raise ValueError("inner.warmup_steps is longer than the whole job")
         return self
 
+    @model_validator(mode="after")
+    def _stopping_has_scores(self) -> JobSpec:
+        if self.early_stopping is not None and self.eval is None:
+            raise ValueError("early_stopping needs eval: it looks at the held-out loss")
+        return self
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice instead of keeping the last one silently."""
@@ -160,7 +194,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_job(path: Path) -> JobSpec:
-    """Read a job file. A relative `data.train` is taken relative to the job file.
+    """Read a job file. Relative paths of data are taken relative to the job file.
 
     Raises ConfigError: unreadable file, YAML that does not parse (names the line), unknown or
     wrong keys (names each).
@@ -174,9 +208,10 @@ def load_job(path: Path) -> JobSpec:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     spec = parse_job(raw, str(path))
-    if not spec.data.train.is_absolute():
-        spec = spec.model_copy(update={"data": DataSettings(train=path.parent / spec.data.train)})
-    return spec
+    update: dict[str, Settings] = {"data": spec.data.model_copy(update={"train": path.parent / spec.data.train})}
+    if spec.eval is not None:
+        update["eval"] = spec.eval.model_copy(update={"data": path.parent / spec.eval.data})
+    return spec.model_copy(update=update)
 
 
 def parse_job(raw: object, where: str) -> JobSpec:

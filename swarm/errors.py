@@ -16,7 +16,8 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── SignatureError    SW202  missing, wrong or replayed signature
     │   ├── ClockError        SW203  clocks too far apart
     │   ├── PinError          SW204  the coordinator shows another TLS key than the join string
-    │   └── UnverifiedWeights SW205  weights from peers that disagree, or that too few vouch for
+    │   ├── UnverifiedWeights SW205  weights from peers that disagree, or that too few vouch for
+    │   └── NotJobOwner       SW206  somebody else's job
     ├── NetworkError          SW300  reaching others
     │   ├── JoinError         SW301  nobody answers at the join address
     │   ├── JoinStringError   SW302  a join string that does not parse
@@ -139,6 +140,11 @@ class PinError(AuthError):
 class UnverifiedWeights(AuthError):
     code = "SW205"
     default_fix = "take the checkpoint from the hub or a folder (--model), or join by a string that carries its seal"
+
+
+class NotJobOwner(AuthError):
+    code = "SW206"
+    default_fix = "use the identity that submitted it (--data-dir), or that of its coordinator"
 
 
 class NetworkError(SwarmError):

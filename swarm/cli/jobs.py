@@ -63,6 +63,11 @@ def job_dict(status: pb.JobStatus) -> dict[str, Any]:
         "contribution_bytes": status.contribution_bytes,
         "ddp_bf16_bytes": status.ddp_bf16_bytes,
         "adapter_round": status.adapter_round,
+        "best_round": status.best_round or None,
+        "best_loss": round(status.best_loss, 5) if status.HasField("best_loss") else None,
+        "kept_rounds": list(status.kept_rounds),
+        "submitter": status.submitter,
+        "changes_wait": bool(status.next_spec_json),
         "history": [
             {
                 "round": r.round,
@@ -71,6 +76,7 @@ def job_dict(status: pb.JobStatus) -> dict[str, Any]:
                 "contribution_bytes": r.contribution_bytes,
                 "update_bytes": r.update_bytes,
                 "loss": round(r.loss, 5),
+                "eval_loss": round(r.eval_loss, 5) if r.HasField("eval_loss") else None,
                 "tokens": r.tokens,
                 "params_hash": r.params_hash.hex(),
                 "seconds": round(r.seconds, 2),
@@ -111,14 +117,14 @@ def submit(
 
     async def main() -> None:
         from swarm.config import load_job
-        from swarm.data.dataset import load_chat_file
+        from swarm.data.sources import load_source
         from swarm.wire.v1 import coordinator_pb2 as pb
         from swarm.wire.version import hello
 
         spec = load_job(file)
         # Parsed here so that a bad line is named before anything is uploaded.
-        dataset = load_chat_file(spec.data.train)
-        data = spec.data.train.read_bytes()
+        train = load_source(spec.data.train)
+        heldout = load_source(spec.eval.data) if spec.eval is not None else None
         model_hash = parse_join(join).model_hash
         if spec.model is not None:
             from swarm.model.checkpoint import open_for
@@ -127,14 +133,17 @@ def submit(
             open_for(info.model, info.revision, info.model_hash, spec.model)
 
         async def action(client: CoordinatorClient) -> pb.JobStatus:
-            digest = await client.put_blob(data)
+            digest = await client.put_blob(train.data)
             request = pb.SubmitJobRequest(
                 hello=hello(model_hash, ("train",)),
                 spec_json=spec.model_dump_json(),
                 dataset=digest,
-                dataset_size=len(data),
-                samples=len(dataset),
+                dataset_size=len(train.data),
+                samples=train.samples,
             )
+            if heldout is not None:
+                request.heldout = await client.put_blob(heldout.data)
+                request.heldout_size, request.heldout_samples = len(heldout.data), heldout.samples
             return await client.submit_job(request)
 
         status = await with_coordinator(join, data_dir, action)
@@ -179,28 +188,19 @@ def status(
             say(
                 f"  round {entry.round}: {entry.phase}, {entry.contributions} contributions,"
                 f" {entry.contribution_bytes} bytes up, {entry.update_bytes} bytes down, loss {entry.loss:.4f},"
+                f"{f' held-out loss {entry.eval_loss:.4f},' if entry.HasField('eval_loss') else ''}"
                 f" {entry.tokens} tokens, {entry.seconds:.1f} s, parameters {entry.params_hash.hex()[:12]}"
             )
+        if found.HasField("best_loss"):
+            say(f"  best held-out loss {found.best_loss:.4f}, of round {found.best_round}")
+        if found.kept_rounds:
+            kept = ", ".join(str(number) for number in found.kept_rounds)
+            say(f"  kept rounds, to resume from or to export: {kept}")
+        if found.next_spec_json:
+            say("  changed settings take effect when pipelines are next formed")
         if found.contribution_bytes:
             saving = found.ddp_bf16_bytes / found.contribution_bytes
             say(f"  {found.contribution_bytes} bytes contributed, {saving:.0f} times less than DDP in bfloat16")
-
-    run(main, role="client", log_level=log_level, as_json=as_json)
-
-
-@app.command("resume")
-def resume(
-    job: JobName,
-    join: Join,
-    data_dir: DataDirOption = None,
-    as_json: Json = False,
-    log_level: LogLevel = "warning",
-) -> None:
-    """Let a paused job go on from its last committed round."""
-
-    async def main() -> None:
-        found = await with_coordinator(join, data_dir, lambda client: client.resume_job(job))
-        say(json.dumps(job_dict(found)) if as_json else job_line(found))
 
     run(main, role="client", log_level=log_level, as_json=as_json)
 
@@ -210,15 +210,16 @@ def export(
     job: JobName,
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist yet.")],
     join: Join,
+    round: Annotated[int | None, typer.Option("--round", help="A kept round instead of the job's own choice.")] = None,
     data_dir: DataDirOption = None,
     as_json: Json = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Write the newest adapter of a job as PEFT's two files."""
+    """Write the adapter of a job as PEFT's two files: of its newest round, or of a kept one."""
 
     async def main() -> None:
         async def action(client: CoordinatorClient) -> tuple[pb.JobStatus, dict[str, bytes]]:
-            found = await client.get_job(job)
+            found = await client.get_job(job, round)
             if not found.adapter:
                 raise JobConflict(f"job {found.name} has no committed round to export yet", "wait for its first round")
             return found, {f.name: await client.get_blob(f.sha256, f.size) for f in found.adapter}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import swarm
-from swarm.cli import jobs, prompt, serve
+from swarm.cli import job_control, jobs, prompt, serve
 from swarm.cli.chat import chat
 from swarm.cli.demo import demo
 
@@ -38,6 +38,7 @@ def _root(
 app.add_typer(serve.bootstrap_app, name="bootstrap")
 app.add_typer(serve.node_app, name="node")
 app.add_typer(serve.coordinator_app, name="coordinator")
+jobs.app.add_typer(job_control.app)
 app.add_typer(jobs.app, name="job")
 app.command("generate")(prompt.generate)
 app.command("chat")(chat)

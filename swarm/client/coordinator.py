@@ -7,7 +7,7 @@ at any byte in both directions. Calls do not retry: who calls decides what an ou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -78,18 +78,37 @@ class CoordinatorClient:
     async def abandon(self, request: pb.AbandonRequest) -> None:
         await self._call("Abandon", request, pb.AbandonReply)
 
+    async def report_score(self, request: pb.ReportScoreRequest) -> None:
+        await self._call("ReportScore", request, pb.ReportScoreReply)
+
     async def submit_job(self, request: pb.SubmitJobRequest) -> pb.JobStatus:
         return await self._call("SubmitJob", request, pb.JobStatus)
 
     async def list_jobs(self) -> pb.ListJobsReply:
         return await self._call("ListJobs", pb.ListJobsRequest(), pb.ListJobsReply)
 
-    async def get_job(self, job: str) -> pb.JobStatus:
-        """By id or name. Raises JobNotFound."""
-        return await self._call("GetJob", pb.GetJobRequest(job=job), pb.JobStatus)
+    async def get_job(self, job: str, adapter_round: int | None = None) -> pb.JobStatus:
+        """By id or name. Raises JobNotFound, JobConflict: the adapter of that round is not kept."""
+        return await self._call("GetJob", pb.GetJobRequest(job=job, adapter_round=adapter_round), pb.JobStatus)
 
-    async def resume_job(self, job: str) -> pb.JobStatus:
-        return await self._call("ResumeJob", pb.GetJobRequest(job=job), pb.JobStatus)
+    async def pause_job(self, job: str) -> pb.JobStatus:
+        """Raises JobNotFound, NotJobOwner, JobConflict; so do the three after it."""
+        return await self._call("PauseJob", pb.GetJobRequest(job=job), pb.JobStatus)
+
+    async def stop_job(self, job: str) -> pb.JobStatus:
+        return await self._call("StopJob", pb.GetJobRequest(job=job), pb.JobStatus)
+
+    async def resume_job(self, job: str, round: int | None = None) -> pb.JobStatus:
+        """With `round`, the rounds after it are discarded."""
+        return await self._call("ResumeJob", pb.ResumeJobRequest(job=job, round=round), pb.JobStatus)
+
+    async def change_job(self, job: str, settings: Mapping[str, str]) -> pb.JobStatus:
+        """Raises ConfigError too."""
+        return await self._call("ChangeJob", pb.ChangeJobRequest(job=job, settings=settings), pb.JobStatus)
+
+    async def job_log(self, job: str, after: int = 0, wait_s: float = 0.0) -> pb.JobLogReply:
+        request = pb.JobLogRequest(job=job, after=after, wait_s=wait_s)
+        return await self._call("JobLog", request, pb.JobLogReply, wait_s=wait_s)
 
     async def put_blob(self, data: bytes, *, contribution: bool = False) -> bytes:
         """Upload content in pieces from where the coordinator already is; returns its SHA-256."""

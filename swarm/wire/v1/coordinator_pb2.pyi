@@ -61,8 +61,11 @@ class RegisterRequest(_message.Message):
     ADDRS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    TOKEN_BLOCK_S_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     dtype: _builtins.str
+    token_block_s: _builtins.float
+    """seconds a token and block takes here, forward; 0: not measured"""
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     @_builtins.property
@@ -77,10 +80,11 @@ class RegisterRequest(_message.Message):
         addrs: _abc.Iterable[_builtins.str] | None = ...,
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        token_block_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "device", b"device", "dtype", b"dtype", "hello", b"hello", "span", b"span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addrs", b"addrs", "device", b"device", "dtype", b"dtype", "hello", b"hello", "span", b"span", "token_block_s", b"token_block_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,10 +221,13 @@ class PollReply(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    WRAP_UP_FIELD_NUMBER: _builtins.int
     REGISTER_AGAIN_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     reason: _builtins.str
     """why there is nothing to do, in words"""
+    wrap_up: _builtins.bool
+    """leads: end after this inner step and contribute what there is"""
     register_again: _builtins.bool
     """the coordinator restarted or had given this node up"""
     @_builtins.property
@@ -238,11 +245,12 @@ class PollReply(_message.Message):
         reason: _builtins.str = ...,
         assignment: Global___Assignment | None = ...,
         adapters: _abc.Iterable[Global___FinishedAdapter] | None = ...,
+        wrap_up: _builtins.bool = ...,
         register_again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "assignment", b"assignment", "reason", b"reason", "register_again", b"register_again", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "assignment", b"assignment", "reason", b"reason", "register_again", b"register_again", "version", b"version", "wrap_up", b"wrap_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,6 +272,11 @@ class Assignment(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_SIZE_FIELD_NUMBER: _builtins.int
+    BASE_HASH_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    HELDOUT_FIELD_NUMBER: _builtins.int
+    HELDOUT_SIZE_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     job_name: _builtins.str
     spec_json: _builtins.str
@@ -277,6 +290,14 @@ class Assignment(_message.Message):
     dataset: _builtins.bytes
     """SHA-256 of the uploaded training file"""
     dataset_size: _builtins.int
+    base_hash: _builtins.bytes
+    """of all parameters the round starts from"""
+    score: _builtins.bool
+    """the round is committed: score its parameters on the held-out file, once"""
+    heldout: _builtins.bytes
+    heldout_size: _builtins.int
+    lineage: _builtins.int
+    """changes when rounds are discarded: what a node carries over is void then"""
     @_builtins.property
     def hops(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Hop]: ...
     def __init__(
@@ -292,10 +313,15 @@ class Assignment(_message.Message):
         round: _builtins.int = ...,
         dataset: _builtins.bytes = ...,
         dataset_size: _builtins.int = ...,
+        base_hash: _builtins.bytes = ...,
+        score: _builtins.bool = ...,
+        heldout: _builtins.bytes = ...,
+        heldout_size: _builtins.int = ...,
+        lineage: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "pipeline_id", b"pipeline_id", "round", b"round", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_hash", b"base_hash", "dataset", b"dataset", "dataset_size", b"dataset_size", "generation", b"generation", "heldout", b"heldout", "heldout_size", b"heldout_size", "hops", b"hops", "index", b"index", "job_id", b"job_id", "job_name", b"job_name", "lineage", b"lineage", "pipeline_id", b"pipeline_id", "round", b"round", "score", b"score", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,6 +447,7 @@ class ContributeRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
+    LABEL_TOKENS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
@@ -433,6 +460,8 @@ class ContributeRequest(_message.Message):
     inner_steps: _builtins.int
     tokens: _builtins.int
     lease_id: _builtins.int
+    label_tokens: _builtins.int
+    """leads: tokens that carried loss, which the average weighs a pipeline by"""
     loss: _builtins.float
     """leads: mean training loss over the round's inner steps"""
     skipped_steps: _builtins.int
@@ -452,12 +481,13 @@ class ContributeRequest(_message.Message):
         tokens: _builtins.int = ...,
         lease_id: _builtins.int = ...,
         span: _common_pb2.Span | None = ...,
+        label_tokens: _builtins.int = ...,
         loss: _builtins.float | None = ...,
         skipped_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "skipped_steps", b"skipped_steps", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "generation", b"generation", "inner_steps", b"inner_steps", "job_id", b"job_id", "label_tokens", b"label_tokens", "lease_id", b"lease_id", "loss", b"loss", "payload_sha256", b"payload_sha256", "payload_size", b"payload_size", "pipeline_id", b"pipeline_id", "round", b"round", "skipped_steps", b"skipped_steps", "span", b"span", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -699,6 +729,59 @@ class AbandonReply(_message.Message):
 Global___AbandonReply: _TypeAlias = AbandonReply  # noqa: Y015
 
 @_typing.final
+class ReportScoreRequest(_message.Message):
+    """By the lead whose assignment says `score`: the held-out loss of the committed round's parameters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    round: _builtins.int
+    generation: _builtins.int
+    pipeline_id: _builtins.int
+    loss: _builtins.float
+    """mean over the labelled tokens"""
+    tokens: _builtins.int
+    """labelled ones"""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        pipeline_id: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job_id", b"job_id", "loss", b"loss", "pipeline_id", b"pipeline_id", "round", b"round", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportScoreRequest: _TypeAlias = ReportScoreRequest  # noqa: Y015
+
+@_typing.final
+class ReportScoreReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportScoreReply: _TypeAlias = ReportScoreReply  # noqa: Y015
+
+@_typing.final
 class PutPieceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -804,12 +887,19 @@ class SubmitJobRequest(_message.Message):
     DATASET_FIELD_NUMBER: _builtins.int
     DATASET_SIZE_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    HELDOUT_FIELD_NUMBER: _builtins.int
+    HELDOUT_SIZE_FIELD_NUMBER: _builtins.int
+    HELDOUT_SAMPLES_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
     """swarm.config.JobSpec"""
     dataset: _builtins.bytes
     """uploaded before with PutPiece"""
     dataset_size: _builtins.int
     samples: _builtins.int
+    heldout: _builtins.bytes
+    """of `eval`, likewise"""
+    heldout_size: _builtins.int
+    heldout_samples: _builtins.int
     @_builtins.property
     def hello(self) -> _common_pb2.Hello: ...
     def __init__(
@@ -820,10 +910,13 @@ class SubmitJobRequest(_message.Message):
         dataset: _builtins.bytes = ...,
         dataset_size: _builtins.int = ...,
         samples: _builtins.int = ...,
+        heldout: _builtins.bytes = ...,
+        heldout_size: _builtins.int = ...,
+        heldout_samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "hello", b"hello", "samples", b"samples", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size", b"dataset_size", "heldout", b"heldout", "heldout_samples", b"heldout_samples", "heldout_size", b"heldout_size", "hello", b"hello", "samples", b"samples", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -873,20 +966,200 @@ class GetJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    ADAPTER_ROUND_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """id or name"""
+    adapter_round: _builtins.int
+    """whose adapter the reply names; unset: the job's own choice"""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
+        adapter_round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round", "adapter_round", b"adapter_round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round", "adapter_round", b"adapter_round", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapter_round: _TypeAlias = _typing.Literal["adapter_round"]  # noqa: Y015
+    _WhichOneofArgType__adapter_round: _TypeAlias = _typing.Literal["_adapter_round", b"_adapter_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_round) -> _WhichOneofReturnType__adapter_round | None: ...
+
+Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    round: _builtins.int
+    """discard everything after it first"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        round: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round", b"_round", "job", b"job", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round: _TypeAlias = _typing.Literal["round"]  # noqa: Y015
+    _WhichOneofArgType__round: _TypeAlias = _typing.Literal["_round", b"_round"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round) -> _WhichOneofReturnType__round | None: ...
+
+Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
+
+@_typing.final
+class ChangeJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    JOB_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    @_builtins.property
+    def settings(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """"schedule.rounds" to its new value, as in the job file"""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        settings: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+Global___ChangeJobRequest: _TypeAlias = ChangeJobRequest  # noqa: Y015
+
+@_typing.final
+class JobLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    after: _builtins.int
+    """`seq` of the last line seen; 0: from the oldest kept one"""
+    wait_s: _builtins.float
+    """long poll for newer lines"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        after: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "job", b"job", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobLogRequest: _TypeAlias = JobLogRequest  # noqa: Y015
+
+@_typing.final
+class JobLogReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    finished: _builtins.bool
+    """the job has ended and no line follows"""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]: ...
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[Global___LogLine] | None = ...,
+        finished: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobLogReply: _TypeAlias = JobLogReply  # noqa: Y015
+
+@_typing.final
+class LogLine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    unix_s: _builtins.float
+    kind: _builtins.str
+    round: _builtins.int
+    text: _builtins.str
+    peer_id: _builtins.str
+    pipeline_id: _builtins.int
+    loss: _builtins.float
+    tokens: _builtins.int
+    bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        unix_s: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        round: _builtins.int = ...,
+        text: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        pipeline_id: _builtins.int | None = ...,
+        loss: _builtins.float | None = ...,
+        tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_pipeline_id", b"_pipeline_id", "loss", b"loss", "pipeline_id", b"pipeline_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_pipeline_id", b"_pipeline_id", "bytes", b"bytes", "kind", b"kind", "loss", b"loss", "peer_id", b"peer_id", "pipeline_id", b"pipeline_id", "round", b"round", "seq", b"seq", "text", b"text", "tokens", b"tokens", "unix_s", b"unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__pipeline_id: _TypeAlias = _typing.Literal["pipeline_id"]  # noqa: Y015
+    _WhichOneofArgType__pipeline_id: _TypeAlias = _typing.Literal["_pipeline_id", b"_pipeline_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pipeline_id) -> _WhichOneofReturnType__pipeline_id | None: ...
+
+Global___LogLine: _TypeAlias = LogLine  # noqa: Y015
 
 @_typing.final
 class NodeStatus(_message.Message):
@@ -945,6 +1218,11 @@ class JobStatus(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     ADAPTER_ROUND_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
+    KEPT_ROUNDS_FIELD_NUMBER: _builtins.int
+    NEXT_SPEC_JSON_FIELD_NUMBER: _builtins.int
+    BEST_ROUND_FIELD_NUMBER: _builtins.int
+    BEST_LOSS_FIELD_NUMBER: _builtins.int
+    SUBMITTER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     name: _builtins.str
     state: _builtins.str
@@ -961,6 +1239,13 @@ class JobStatus(_message.Message):
     ddp_bf16_bytes: _builtins.int
     adapter_round: _builtins.int
     spec_json: _builtins.str
+    next_spec_json: _builtins.str
+    """changed settings that wait for the next round"""
+    best_round: _builtins.int
+    """by held-out loss; 0: none was scored"""
+    best_loss: _builtins.float
+    submitter: _builtins.str
+    """peer id that may control the job"""
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundStatus]: ...
     @_builtins.property
@@ -968,6 +1253,10 @@ class JobStatus(_message.Message):
     @_builtins.property
     def adapter(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """files of the newest kept round, in PEFT's layout"""
+
+    @_builtins.property
+    def kept_rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rounds to resume from or to export"""
 
     def __init__(
         self,
@@ -989,12 +1278,19 @@ class JobStatus(_message.Message):
         adapter: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
         adapter_round: _builtins.int = ...,
         spec_json: _builtins.str = ...,
+        kept_rounds: _abc.Iterable[_builtins.int] | None = ...,
+        next_spec_json: _builtins.str = ...,
+        best_round: _builtins.int = ...,
+        best_loss: _builtins.float | None = ...,
+        submitter: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss", "best_loss", b"best_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_round", b"adapter_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "method", b"method", "name", b"name", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss", "adapter", b"adapter", "adapter_round", b"adapter_round", "best_loss", b"best_loss", "best_round", b"best_round", "contribution_bytes", b"contribution_bytes", "ddp_bf16_bytes", b"ddp_bf16_bytes", "history", b"history", "inner_steps", b"inner_steps", "job_id", b"job_id", "kept_rounds", b"kept_rounds", "method", b"method", "name", b"name", "next_spec_json", b"next_spec_json", "pipelines", b"pipelines", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "submitter", b"submitter", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__best_loss: _TypeAlias = _typing.Literal["best_loss"]  # noqa: Y015
+    _WhichOneofArgType__best_loss: _TypeAlias = _typing.Literal["_best_loss", b"_best_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_loss) -> _WhichOneofReturnType__best_loss | None: ...
 
 Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
 
@@ -1011,6 +1307,7 @@ class RoundStatus(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     PARAMS_HASH_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     phase: _builtins.str
     contributions: _builtins.int
@@ -1021,6 +1318,8 @@ class RoundStatus(_message.Message):
     tokens: _builtins.int
     params_hash: _builtins.bytes
     seconds: _builtins.float
+    eval_loss: _builtins.float
+    """mean held-out loss; unset if it was not scored"""
     def __init__(
         self,
         *,
@@ -1033,13 +1332,19 @@ class RoundStatus(_message.Message):
         tokens: _builtins.int = ...,
         params_hash: _builtins.bytes = ...,
         seconds: _builtins.float = ...,
+        eval_loss: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "_loss", b"_loss", "eval_loss", b"eval_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "_loss", b"_loss", "contribution_bytes", b"contribution_bytes", "contributions", b"contributions", "eval_loss", b"eval_loss", "loss", b"loss", "params_hash", b"params_hash", "phase", b"phase", "round", b"round", "seconds", b"seconds", "tokens", b"tokens", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from swarm.wire.version import hello
 
 F32 = NDArray[np.float32]
 MODEL_HASH = sha256(b"tiny model")
+HELDOUT = b'{"messages": [ ]}\n' * 8
 DATASET = b'{"messages": []}\n' * 64
 
 
@@ -150,12 +152,13 @@ async def download(service: CoordinatorService, caller: str, digest: bytes, size
 
 async def submit(service: CoordinatorService, caller: str, spec: str, dataset: bytes = DATASET) -> pb.JobStatus:
     digest = await upload(service, caller, dataset)
-    return await service.submit_job(
-        caller,
-        pb.SubmitJobRequest(
-            hello=hello(MODEL_HASH), spec_json=spec, dataset=digest, dataset_size=len(dataset), samples=64
-        ),
+    request = pb.SubmitJobRequest(
+        hello=hello(MODEL_HASH), spec_json=spec, dataset=digest, dataset_size=len(dataset), samples=64
     )
+    if "eval" in json.loads(spec):
+        request.heldout = await upload(service, caller, HELDOUT)
+        request.heldout_size, request.heldout_samples = len(HELDOUT), 8
+    return await service.submit_job(caller, request)
 
 
 @dataclass
@@ -171,6 +174,13 @@ class SimNode:
     hashes: dict[int, bytes] = field(default_factory=dict)
     receipts: dict[int, pb.Receipt] = field(default_factory=dict)
     leased: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    lineage: int = 0
+    slow_lead: str = ""
+    """Pipelines led by the node of this name train until they are asked to wrap up: two inner steps."""
+    blames: str = ""
+    """As a lead it gives up every pipeline with the node of this name, as if that one were gone."""
+    owner_interferes: bool = False
+    """Rounds may be closed or discarded under the node's hands."""
 
     def __post_init__(self) -> None:
         self.peer = identity(self.name).peer_id
@@ -211,16 +221,49 @@ class SimNode:
                 continue
             part = reply.assignment
             key = (part.job_id, part.round, part.generation, part.pipeline_id)
+            if part.score and part.index == 0:
+                await self.score(part)
             if not reply.HasField("assignment") or key in done:
                 continue
             done.add(key)
             try:
+                if await self.gave_up(part):
+                    continue
                 receipt = await self.train(part)
+                if self.owner_interferes and receipt.verdict in (pb.VERDICT_LATE, pb.VERDICT_REJECTED):
+                    continue
+                assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
+                self.acknowledged(receipt)
+                await self.settle(part)
             except ContributionError:
                 continue  # the round ended meanwhile: the next assignment is on its way
-            assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
-            self.acknowledged(receipt)
-            await self.settle(part)
+
+    async def gave_up(self, part: pb.Assignment) -> bool:
+        blamed = identity(self.blames).peer_id if self.blames else ""
+        if part.index or blamed not in [hop.peer_id for hop in part.hops]:
+            # The node that others call gone is gone: it waits to be given up.
+            return bool(self.blames) and self.peer == blamed
+        request = pb.AbandonRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            reason=common_pb2.Error(code="SW303", cause=f"{self.blames} went away", blame=blamed),
+        )
+        await self.service.abandon(self.peer, request)
+        return True
+
+    async def score(self, part: pb.Assignment) -> None:
+        """Held-out losses that fall until round 2."""
+        request = pb.ReportScoreRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            loss=2.0 / part.round if part.round <= 2 else part.round,
+            tokens=11,
+        )
+        await self.service.report_score(self.peer, request)
 
     async def train(self, part: pb.Assignment) -> pb.Receipt:
         """One round up to the held contribution."""
@@ -238,9 +281,26 @@ class SimNode:
             )
             key = (part.round, part.generation)
             self.leased[key] = [(r.start, r.end) for r in lease.ranges]
+        if self.is_slow(part):
+            await self.asked_to_wrap_up(part)
         frame = self.frame(part)
         digest = await upload(self.service, self.peer, frame)
         return await self.contribute(part, digest, len(frame), lease.lease_id if lease else 0)
+
+    def is_slow(self, part: pb.Assignment) -> bool:
+        return bool(self.slow_lead) and part.hops[0].peer_id == identity(self.slow_lead).peer_id
+
+    async def asked_to_wrap_up(self, part: pb.Assignment) -> None:
+        """By the job's log; the lead is told when it polls."""
+        after = 0
+        while True:
+            request = pb.JobLogRequest(job=part.job_id, after=after, wait_s=30)
+            lines = (await self.service.job_log(self.peer, request)).lines
+            if any((line.kind, line.round) == ("wrap_up", part.round) for line in lines):
+                break
+            after = max([after, *(line.seq for line in lines)])
+        if part.index == 0:
+            assert (await self.poll()).wrap_up
 
     async def contribute(
         self, part: pb.Assignment, digest: bytes, size: int, lease: int, **changes: object
@@ -253,8 +313,9 @@ class SimNode:
             pipeline_id=part.pipeline_id,
             payload_sha256=digest,
             payload_size=size,
-            inner_steps=spec.inner_steps,
+            inner_steps=spec.inner_steps - self.is_slow(part),
             tokens=7,
+            label_tokens=3 if self.is_slow(part) else 5,
             lease_id=lease,
             span=part.hops[part.index].span,
             loss=2.0 / part.round if part.index == 0 else None,
@@ -273,7 +334,7 @@ class SimNode:
             reply = await self.service.await_round(self.peer, request)
             if reply.HasField("receipt"):
                 self.receipts[part.round] = reply.receipt
-            if reply.committed or reply.HasField("receipt"):
+            if reply.committed or reply.finished or reply.HasField("receipt"):
                 return
 
     def own_shapes(self, part: pb.Assignment) -> dict[str, tuple[int, ...]]:
@@ -302,7 +363,11 @@ class SimNode:
         """Bring the parameters to the start of the round: by the update if possible, else by snapshot."""
         request = pb.AwaitRoundRequest(job_id=part.job_id, round=part.round - 1)
         reply = await self.service.await_round(self.peer, request)
+        if self.owner_interferes and not (reply.committed and reply.update.round == part.round - 1):
+            raise ContributionError("the round was discarded")
         assert reply.committed
+        if part.lineage != self.lineage:
+            self.lineage, self.at_round = part.lineage, -1
         if self.at_round == part.round - 2 and reply.update.size:
             await self._apply(part, reply.update)
         else:
@@ -313,6 +378,7 @@ class SimNode:
         assert params_hash(hashes) == reply.update.params_hash
         self.at_round = reply.update.round
         self.hashes[self.at_round] = reply.update.params_hash
+        assert part.base_hash == self.hashes[part.round - 1]
 
     async def _apply(self, part: pb.Assignment, update: pb.OuterUpdate) -> None:
         data = await download(self.service, self.peer, update.blob, update.size)
@@ -338,6 +404,7 @@ class SimNode:
             self.params.update(unpack_block(block, of_block))
 
 
+SPARE = ("e", Span(1, 4))
 TWO_PIPELINES = (("a", Span(0, 2)), ("b", Span(2, 4)), ("c", Span(0, 2)), ("d", Span(1, 4)))
 
 
@@ -346,11 +413,21 @@ async def run_job(
     spec: str,
     settings: CoordinatorSettings,
     acknowledged: Callable[[pb.Receipt], None] = lambda receipt: None,
+    owner: Callable[[CoordinatorService, str], Awaitable[None]] | None = None,
+    slow_lead: str = "",
+    dead: str = "",
 ) -> pb.JobStatus:
-    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands."""
+    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands.
+
+    `owner` is what the submitter does meanwhile; it returns once the job has ended. With `dead`, the
+    node of that name is given up by its lead whenever it is assigned, and a fifth one is there.
+    """
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
     service = coordinator.service
-    nodes = [SimNode(service, name, span, acknowledged) for name, span in TWO_PIPELINES]
+    spans = [*TWO_PIPELINES, *([SPARE] if dead else [])]
+    nodes = [SimNode(service, name, span, acknowledged) for name, span in spans]
+    for node in nodes:
+        node.owner_interferes, node.slow_lead, node.blames = owner is not None or bool(dead), slow_lead, dead
     for node in nodes:
         await node.register()
     try:
@@ -361,12 +438,41 @@ async def run_job(
         working = [group.create_task(node.run()) for node in nodes]
         rounds = json.loads(spec)["schedule"]["rounds"]
         current = 1
+        if owner is not None:
+            await owner(service, job_id)
+            current = rounds + 1
         while current <= rounds:
             request = pb.AwaitRoundRequest(job_id=job_id, round=current, wait_s=30)
             reply = await service.await_round("researcher", request)
-            current = max(reply.current_round, current + int(reply.finished))
+            current = rounds + 1 if reply.finished else max(reply.current_round, current)
         for task in working:
             task.cancel()
     status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))
     await coordinator.close()
     return status
+
+
+async def meddle(service: CoordinatorService, job_id: str) -> None:
+    """An owner who changes a setting, pauses, rewinds to round 1, and stops after round 3.
+
+    What is done already is read from the job's log, so that a coordinator that dies in between makes
+    no difference.
+    """
+    caller, kinds, after = "researcher", set(), 0
+    while True:
+        reply = await service.job_log(caller, pb.JobLogRequest(job=job_id, after=after, wait_s=30))
+        kinds |= {line.kind for line in reply.lines}
+        after = max([after, *(line.seq for line in reply.lines)])
+        status = await service.get_job(caller, pb.GetJobRequest(job=job_id))
+        if status.state == "finished":
+            return
+        with suppress(JobConflict):  # the job has just gone on by itself: look again
+            if "settings_changed" not in kinds and status.round >= 2:
+                settings = {"inner.lr": "5e-4"}
+                await service.change_job(caller, pb.ChangeJobRequest(job=job_id, settings=settings))
+            elif "job_rewound" not in kinds and status.state == "paused":
+                await service.resume_job(caller, pb.ResumeJobRequest(job=job_id, round=1))
+            elif "job_rewound" not in kinds and status.round >= 3:
+                await service.pause_job(caller, pb.GetJobRequest(job=job_id))
+            elif "job_rewound" in kinds and status.round >= 4:
+                await service.stop_job(caller, pb.GetJobRequest(job=job_id))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from coordinator_sim import TinyAdapters, job_spec
 
-from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round
+from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round, pipeline_weights
 from swarm.compress import FrameContext, decode
 from swarm.config import CodecSettings, JobSpec, LoraMethod, job_from_json
 from swarm.errors import CorruptData
@@ -52,6 +52,36 @@ def test_a_dense_uplink_is_averaged_plainly() -> None:
     mean = average(sent, 2, DENSE)
     np.testing.assert_array_equal(mean["0/x"], _array(1.5, 0.5))
     np.testing.assert_array_equal(mean["1/x"], _array(2.5))
+
+
+def test_equal_weights_are_the_plain_rule_to_the_bit() -> None:
+    generator = np.random.Generator(np.random.Philox(key=7))
+    sent = [
+        (peer, {"0/x": generator.normal(size=999).astype(np.float32) * (generator.random(999) < 0.3)}) for peer in "abc"
+    ]
+    sent = [(peer, {key: value.astype(np.float32) for key, value in tensors.items()}) for peer, tensors in sent]
+    weights = pipeline_weights({0: 4711, 1: 4711, 2: 4711})
+    assert set(weights.values()) == {1.0}
+    by_peer = dict(zip("abc", weights.values(), strict=True))
+    for uplink in (SPARSE, DENSE):
+        plain, weighed = average(sent, 3, uplink), average(sent, 3, uplink, by_peer)
+        assert plain["0/x"].tobytes() == weighed["0/x"].tobytes()
+
+
+def test_a_pipeline_counts_by_what_it_trained_on() -> None:
+    weights = pipeline_weights({0: 100, 1: 300})
+    assert weights == {0: 0.5, 1: 1.5}
+    sent = [("a", {"0/x": _array(4, 4, 0)}), ("b", {"0/x": _array(0, 8, 2)})]
+    by_peer = {"a": 0.5, "b": 1.5}
+    # One sender alone is divided by its own weight, two by the sum of theirs, at least by K/4.
+    np.testing.assert_array_equal(average(sent, 2, SPARSE, by_peer)["0/x"], _array(4, 7, 2))
+    np.testing.assert_array_equal(average(sent, 2, DENSE, by_peer)["0/x"], _array(1, 7, 1.5))
+    np.testing.assert_array_equal(average(sent, 8, SPARSE, by_peer)["0/x"], _array(1, 7, 1.5))
+
+
+def test_a_boast_counts_twice_the_median_at_most() -> None:
+    weights = pipeline_weights({0: 100, 1: 100, 2: 10**9})
+    assert weights == {0: 0.75, 1: 0.75, 2: 1.5}
 
 
 def test_contributions_come_in_order_of_peer() -> None:

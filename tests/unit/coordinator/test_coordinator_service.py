@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +23,14 @@ from coordinator_sim import (
     submit,
     upload,
 )
+from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
 from coordinator.app import Coordinator
-from coordinator.driver import JobDriver
 from coordinator.ledger import log_entry_hash
 from coordinator.ports import CoordinatorSettings
 from coordinator.round_model import Standing
 from coordinator.storage import Storage
+from swarm.config import InnerSettings, job_from_json
 from swarm.errors import (
     ConfigError,
     ContributionError,
@@ -44,63 +44,10 @@ from swarm.errors import (
 )
 from swarm.identity import verify
 from swarm.ids import Span, sha256
+from swarm.optim.schedule import global_step, learning_rate
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import hello
-
-ONE_PIPELINE = (("a", Span(0, 2)), ("b", Span(2, 4)))
-ONE = {"rounds": 3, "inner_steps": 3, "batch_size": 2, "max_length": 16, "round_deadline_s": 100.0}
-
-
-class Swarm:
-    """An open coordinator, its clock and its nodes by name."""
-
-    def __init__(self, coordinator: Coordinator, clock: ManualClock) -> None:
-        self.coordinator = coordinator
-        self.service = coordinator.service
-        self.clock = clock
-        self.nodes: dict[str, SimNode] = {}
-
-    async def join(self, *named: tuple[str, Span]) -> list[SimNode]:
-        nodes = [SimNode(self.service, name, span) for name, span in named]
-        for node in nodes:
-            await node.register()
-            self.nodes[node.name] = node
-        return nodes
-
-    @property
-    def driver(self) -> JobDriver:
-        return self.coordinator.jobs.all()[0]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what the coordinator does by itself."""
-        async with asyncio.timeout(20):
-            while True:
-                ticket = self.driver.changed.ticket()
-                if condition():
-                    return
-                await ticket.wait()
-
-    async def round(self, *names: str) -> None:
-        """The named nodes train the open round to its end."""
-        await asyncio.gather(*(self.one(name) for name in names))
-
-    async def one(self, name: str) -> pb.Receipt:
-        part = await self.nodes[name].assigned()
-        receipt = await self.nodes[name].train(part)
-        await self.nodes[name].settle(part)
-        return receipt
-
-
-@asynccontextmanager
-async def opened(folder: Path, clock: ManualClock | None = None, **changes: object) -> AsyncIterator[Swarm]:
-    clock = clock or ManualClock()
-    settings = replace(CoordinatorSettings(), **changes)  # type: ignore[arg-type]
-    coordinator = await Coordinator.open(folder, model_facts(), identity(), settings, clock)
-    try:
-        yield Swarm(coordinator, clock)
-    finally:
-        await coordinator.close()
 
 
 @pytest.fixture
@@ -355,9 +302,9 @@ async def test_three_fruitless_attempts_pause_the_job_until_it_is_resumed(swarm:
     assert status.state == "paused"
     assert "no contribution in 3 attempts" in status.reason
     assert (await lead.poll()).reason.startswith("job poems is paused: round 1 brought no contribution")
-    await swarm.service.resume_job("me", pb.GetJobRequest(job="poems"))
+    await swarm.service.resume_job("me", pb.ResumeJobRequest(job="poems"))
     with pytest.raises(JobConflict):
-        await swarm.service.resume_job("me", pb.GetJobRequest(job="poems"))
+        await swarm.service.resume_job("me", pb.ResumeJobRequest(job="poems"))
     await swarm.until(lambda: swarm.driver.state.generation == 4)
     await swarm.round("a", "b")
     assert lead.receipts[1].verdict == pb.VERDICT_ACCEPTED
@@ -560,3 +507,82 @@ async def test_a_write_whose_end_is_unknown_is_looked_up(tmp_path: Path) -> None
         assert (await node.train(part)).verdict == pb.VERDICT_HELD
         assert [held.peer for held in swarm.driver.state.pipelines[0].held] == [node.peer]
         await swarm.one("b")
+
+
+async def test_a_slow_pipeline_contributes_what_it_has(tmp_path: Path) -> None:
+    async with opened(tmp_path, silent_s=1000.0) as swarm:
+        await swarm.join(*TWO_PIPELINES)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"min_pipelines": 2, "quorum": 0.5}))
+        slow = swarm.nodes["c"]
+        part = await slow.assigned()
+        slow.slow_lead = "c"
+        mate = next(n for n in swarm.nodes.values() if n.peer == part.hops[1].peer_id)
+        mate.slow_lead = "c"
+        others = [name for name, node in swarm.nodes.items() if node not in (slow, mate)]
+        assert not (await slow.poll()).wrap_up
+        await slow.catch_up(part)
+        lease = swarm.driver.lease_id(1, part.pipeline_id)
+        assert lease is not None
+        frame = slow.frame(part)
+        digest = await upload(swarm.service, slow.peer, frame)
+        early = await slow.contribute(part, digest, len(frame), lease)
+        assert (early.verdict, early.reason) == (pb.VERDICT_REJECTED, "2 inner steps instead of 3")
+        async with asyncio.TaskGroup() as group:
+            for name in (*others, slow.name, mate.name):
+                group.create_task(swarm.one(name))
+        assert {node.receipts[1].verdict for node in swarm.nodes.values()} == {pb.VERDICT_ACCEPTED}
+        storage = swarm.coordinator._shared.storage
+        counts = {x.pipeline_id: sum(r.end - r.start for r in x.ranges) for x in storage.leases(part.job_id)[:2]}
+        assert counts == {part.pipeline_id: 4, 1 - part.pipeline_id: 6}
+
+
+async def test_a_lost_stage_is_replaced_within_the_round(tmp_path: Path) -> None:
+    async with opened(tmp_path) as swarm:
+        await swarm.join(*TWO_PIPELINES)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"min_pipelines": 2}))
+        lead = swarm.nodes["a"]
+        part = await lead.assigned()
+        mate = next(n for n in swarm.nodes.values() if n.peer == part.hops[1].peer_id)
+        (spare,) = await swarm.join(("e", Span(1, 4)))
+        seen = await spare.poll()
+        assert seen.reason == "job poems takes nodes on when its next round starts"
+        error = common_pb2.Error(code="SW303", cause="the stage went away", blame=mate.peer)
+        request = pb.AbandonRequest(
+            job_id=part.job_id, round=1, generation=1, pipeline_id=part.pipeline_id, reason=error
+        )
+        await swarm.service.abandon(lead.peer, request)
+        again = await lead.assigned()
+        assert ([hop.peer_id for hop in again.hops], again.generation) == ([lead.peer, spare.peer], 2)
+        assert not (await mate.poll()).HasField("assignment")
+        await swarm.round(*(name for name, node in swarm.nodes.items() if node is not mate))
+        assert {n.receipts[1].verdict for n in swarm.nodes.values() if n is not mate} == {pb.VERDICT_ACCEPTED}
+        # The samples that the lost pipeline had are those of its repair.
+        assert lead.leased[1, 2] == [(0, 6)] or lead.leased[1, 2] == [(6, 12)]
+
+
+async def test_a_joiner_goes_on_where_the_job_is(swarm: Swarm) -> None:
+    """Outer state, position in the data and inner step are the job's, not the joiner's."""
+    await swarm.join(*ONE_PIPELINE)
+    await submit(swarm.service, "me", job_spec(schedule=ONE | {"rounds": 4}))
+    for number in (1, 2):
+        await swarm.until(lambda number=number: swarm.driver.state.round == number)
+        await swarm.round("a", "b")
+    await swarm.until(lambda: swarm.driver.state.generation == 1 and swarm.driver.state.round == 3)
+    joiner, _ = await swarm.join(("c", Span(0, 2)), ("d", Span(2, 4)))
+    assert not (await joiner.poll()).HasField("assignment"), "it counts from the next round"
+    await swarm.round("a", "b")
+    await swarm.until(lambda: swarm.driver.state.generation == 1 and swarm.driver.state.round == 4)
+    part = await joiner.assigned()
+    await swarm.round("a", "b", "c", "d")
+    # Its parameters were the snapshot after round 3, the same as everybody's.
+    assert joiner.hashes == {3: swarm.nodes["a"].hashes[3]}
+    assert all((joiner.params[key] == value).all() for key, value in swarm.nodes["a"].params.items())
+    # Three rounds of six samples were accepted before: it leases behind them.
+    leases = sorted(swarm.nodes["a"].leased[4, 1] + joiner.leased[4, 1])
+    assert leases == [(18, 24), (24, 30)]
+    # And its learning rate is that of the job's tenth inner step.
+    spec = job_from_json(part.spec_json)
+    warm = InnerSettings(lr=1.0, warmup_steps=19, decay="linear")
+    first = global_step(part.round, spec.schedule.inner_steps, 0)
+    assert (first, learning_rate(warm, first, 40)) == (9, 0.5)
+    assert {node.receipts[4].verdict for node in swarm.nodes.values()} == {pb.VERDICT_ACCEPTED}

@@ -25,6 +25,20 @@ def test_void_positions_are_leased_first() -> None:
     assert fourth.ranges == (Range(4, 10), Range(20, 24))
 
 
+def test_a_lease_that_was_trained_in_part_gives_the_rest_back() -> None:
+    book, _ = grant(Book(), 1, 0, 4)
+    book, _ = grant(book, 1, 1, 4)
+    book, _ = void(book, 1, 0)
+    book, lease = grant(book, 2, 0, 6)
+    assert lease.ranges == (Range(0, 4), Range(8, 10))
+    book, closed = close(book, 2, 0, 3)
+    assert closed is not None
+    assert (closed.ranges, closed.state) == ((Range(0, 3),), LeaseState.CLOSED)
+    assert (book.free, book.high) == ((Range(3, 4),), 8)
+    book, lease = grant(book, 3, 0, 3)
+    assert lease.ranges == (Range(3, 4), Range(8, 10))
+
+
 def test_ending_an_unknown_lease_changes_nothing() -> None:
     assert close(Book(), 1, 0) == (Book(), None)
     assert void(Book(), 1, 0) == (Book(), None)
@@ -33,7 +47,10 @@ def test_ending_an_unknown_lease_changes_nothing() -> None:
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["grant", "close", "void"]), st.integers(0, 5), st.integers(1, 9)), max_size=60
+        st.tuples(
+            st.sampled_from(["grant", "close", "partial", "void", "rewind"]), st.integers(0, 5), st.integers(1, 9)
+        ),
+        max_size=60,
     )
 )
 def test_every_position_is_closed_at_most_once(steps: list[tuple[str, int, int]]) -> None:
@@ -42,7 +59,13 @@ def test_every_position_is_closed_at_most_once(steps: list[tuple[str, int, int]]
     number: dict[int, int] = {}
     for what, pipeline_id, count in steps:
         round = number.get(pipeline_id, 0)
-        if what == "grant":
+        if what == "rewind":
+            # As a coordinator does it: no lease is open, and those of later rounds are forgotten.
+            if book.open:
+                continue
+            leases = {key: lease for key, lease in leases.items() if lease.round < count}
+            book = restore(leases.values())
+        elif what == "grant":
             free_before = book.free
             fresh = book.find(round, pipeline_id) is None
             book, lease = grant(book, round, pipeline_id, count)
@@ -51,12 +74,16 @@ def test_every_position_is_closed_at_most_once(steps: list[tuple[str, int, int]]
                 untouched = [r for r in lease.ranges if r.start >= book.high - count and r not in free_before]
                 assert not book.free or not untouched or max(r.end for r in untouched) <= book.high
         else:
-            book, ended = (close if what == "close" else void)(book, round, pipeline_id)
+            if what == "partial":
+                book, ended = close(book, round, pipeline_id, count)
+            else:
+                book, ended = (close if what == "close" else void)(book, round, pipeline_id)
             number[pipeline_id] = round + 1
             if ended is None:
                 continue
             lease = ended
-        leases[lease.lease_id] = lease
+        if what != "rewind":
+            leases[lease.lease_id] = lease
         kept = [x for x in leases.values() if x.state is not LeaseState.VOID]
         positions = [at for x in kept for r in x.ranges for at in range(r.start, r.end)]
         free = [at for r in book.free for at in range(r.start, r.end)]

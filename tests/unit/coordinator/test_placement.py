@@ -7,7 +7,7 @@ from itertools import combinations, permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.placement import Member, Placement, form_pipelines
+from coordinator.placement import Member, Placement, Traits, form_pipelines
 from swarm.ids import Span
 
 
@@ -19,8 +19,64 @@ def _shown(placement: Placement) -> list[str]:
     return [" ".join(f"{m.peer}:{m.span}" for m in p.members) for p in placement.pipelines]
 
 
-def test_overlapping_spans_are_trimmed() -> None:
-    assert _shown(form_pipelines(_nodes(a="0:20", b="10:30"), 30)) == ["a:0:20 b:20:30"]
+def test_overlapping_spans_are_cut_in_the_middle_if_nothing_is_known() -> None:
+    assert _shown(form_pipelines(_nodes(a="0:20", b="10:30"), 30)) == ["a:0:15 b:15:30"]
+    assert _shown(form_pipelines(_nodes(a="0:20", b="18:30"), 30)) == ["a:0:18 b:18:30"]
+
+
+def test_the_cut_is_where_the_slower_stage_is_fastest() -> None:
+    traits = {"a": Traits(token_block_s=1.0), "b": Traits(token_block_s=2.0)}
+    nodes = _nodes(a="0:28", b="10:30")
+    assert _shown(form_pipelines(nodes, 30, traits)) == ["a:0:20 b:20:30"]
+    # A third one that overlaps both sides, ten times as fast.
+    traits["c"] = Traits(token_block_s=0.1)
+    nodes = _nodes(a="0:10", c="4:28", b="20:30")
+    assert _shown(form_pipelines(nodes, 30, traits)) == ["a:0:4 c:4:28 b:28:30"]
+
+
+def test_the_cut_is_where_the_family_allows_it() -> None:
+    nodes = _nodes(a="0:20", b="10:30")
+    assert _shown(form_pipelines(nodes, 30, cuts=(0, 5, 11, 18, 30))) == ["a:0:18 b:18:30"]
+
+
+def test_who_did_not_measure_counts_as_average() -> None:
+    traits = {"a": Traits(token_block_s=1.0), "z": Traits(token_block_s=3.0)}
+    nodes = _nodes(a="0:28", b="2:30")
+    assert _shown(form_pipelines(nodes, 30, traits)) == ["a:0:20 b:20:30"]
+
+
+def test_steady_nodes_lead_and_fast_ones_take_part() -> None:
+    traits = {
+        "a": Traits(uptime_s=30.0, token_block_s=0.1),
+        "b": Traits(uptime_s=7200.0, token_block_s=0.3),
+        "c": Traits(uptime_s=7300.0, token_block_s=0.2),
+        "x": Traits(token_block_s=0.9),
+        "y": Traits(token_block_s=0.1),
+    }
+    placement = form_pipelines(_nodes(a="0:15", b="0:15", c="0:15", x="15:30", y="15:30"), 30, traits)
+    # Two pipelines: the two steady ones lead, the faster of them with the faster stage.
+    assert _shown(placement) == ["c:0:15 y:15:30", "b:0:15 x:15:30"]
+    assert set(placement.unused) == {"a"}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 7), st.integers(1, 8)), min_size=1, max_size=3),
+    seconds=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3, max_size=3),
+)
+def test_no_other_cut_makes_the_slowest_stage_faster(spans: list[tuple[int, int]], seconds: list[float]) -> None:
+    nodes = [Member(f"n{i}", Span(start, end)) for i, (start, end) in enumerate(spans) if start < end]
+    traits = {f"n{i}": Traits(token_block_s=seconds[i]) for i in range(3)}
+    for pipeline in form_pipelines(nodes, 8, traits).pipelines:
+        held = [next(node.span for node in nodes if node.peer == member.peer) for member in pipeline.members]
+        speeds = [traits[member.peer].token_block_s for member in pipeline.members]
+        best = min(
+            max(speed * (end - start) for speed, start, end in zip(speeds, (0, *cut), (*cut, 8), strict=True))
+            for cut in combinations(range(1, 8), len(held) - 1)
+            if all(s.start <= a and b <= s.end for s, a, b in zip(held, (0, *cut), (*cut, 8), strict=True))
+        )
+        found = max(speed * len(member.span) for speed, member in zip(speeds, pipeline.members, strict=True))
+        assert found == best
 
 
 def test_a_node_that_holds_everything_is_a_pipeline() -> None:

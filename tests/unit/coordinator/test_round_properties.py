@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -9,35 +11,44 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from coordinator import leases
 from coordinator.leases import Book, Lease, LeaseState
 from coordinator.placement import Member, form_pipelines
-from coordinator.round_model import (
+from coordinator.round_events import (
     Abandoned,
-    Aggregate,
     AggregateDone,
-    Answer,
-    Commit,
+    Change,
     CommitNow,
     Contribution,
-    ContributionHeld,
     Event,
-    FormPipelines,
-    JobState,
     NextRound,
     NodeLost,
     Offer,
+    Pause,
+    Resume,
+    Rewind,
+    Scored,
+    Stop,
+    Tick,
+)
+from coordinator.round_model import (
+    Aggregate,
+    Answer,
+    Commit,
+    ContributionHeld,
+    FormPipelines,
+    JobState,
     OpenNext,
     Phase,
     PipelineLost,
     PipelinesFormed,
     Reply,
-    Resume,
+    Rewound,
     RoundCommitted,
     RoundFrozen,
     RoundsState,
     Rules,
+    Settings,
     Standing,
-    Tick,
 )
-from coordinator.rounds import advance, begin, recover
+from coordinator.rounds import advance, begin, broken_by, recover
 from swarm.ids import Span
 
 N_BLOCKS = 4
@@ -50,14 +61,21 @@ PEERS = st.sampled_from([node.peer for node in NODES])
 class RoundsMachine(RuleBasedStateMachine):
     """Random events against the real state machine, with the book of leases a driver would keep."""
 
-    @initialize(min_pipelines=st.integers(1, 2), here=st.sets(PEERS, min_size=3))
-    def start(self, min_pipelines: int, here: set[str]) -> None:
+    @initialize(
+        min_pipelines=st.integers(1, 2),
+        here=st.sets(PEERS, min_size=3),
+        eval_every=st.integers(0, 2),
+        patience=st.integers(0, 1),
+    )
+    def start(self, min_pipelines: int, here: set[str], eval_every: int, patience: int) -> None:
         self.now_s = 0.0
-        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3))
+        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3, 0.5, 3, eval_every, patience))
         self.here = here
         self.book = Book()
         self.all_leases: dict[int, Lease] = {}
         self.pending: list[object] = []
+        self.lease_rounds: dict[int, int] = {}
+        self.named: set[tuple[int, int]] = set()
         self.held: dict[tuple[int, int, str], bytes] = {}
         self.accepted: set[tuple[int, str]] = set()
         self._perform(effects)
@@ -67,14 +85,17 @@ class RoundsMachine(RuleBasedStateMachine):
     def _step(self, event: Event) -> Reply | None:
         before = self.state
         self.state, effects = advance(before, event)
-        self._check_progress(before, self.state)
+        if not any(isinstance(effect, Rewound) for effect in effects):
+            self._check_progress(before, self.state)
         self._perform(effects)
         return next((effect for effect in effects if isinstance(effect, Reply)), None)
 
     def _perform(self, effects: tuple[object, ...]) -> None:
         for effect in effects:
             match effect:
-                case PipelinesFormed(number, _, pipelines):
+                case PipelinesFormed(number, generation, pipelines):
+                    assert (number, generation) not in self.named, "a generation comes once, rewound or not"
+                    self.named.add((number, generation))
                     for pipeline in pipelines:
                         self.book, lease = leases.grant(self.book, number, pipeline.pipeline_id, PER_LEASE)
                         self.all_leases[lease.lease_id] = lease
@@ -90,13 +111,20 @@ class RoundsMachine(RuleBasedStateMachine):
                         self._end(*leases.void(self.book, number, pipeline_id))
                 case RoundCommitted(number, accepted):
                     for pipeline_id in accepted:
-                        self._end(*leases.close(self.book, number, pipeline_id))
                         pipeline = self.state.pipeline(pipeline_id)
                         assert pipeline is not None
+                        (steps,) = {held.inner_steps for held in pipeline.held}
+                        self._end(*leases.close(self.book, number, pipeline_id, steps * PER_LEASE // 3))
                         for member in pipeline.members:
                             assert (number, pipeline_id, member.peer) in self.held, "accepted, not whole"
                             assert (number, member.peer) not in self.accepted, "accepted twice"
                             self.accepted.add((number, member.peer))
+                case Rewound(number, _, _):
+                    self.all_leases = {key: x for key, x in self.all_leases.items() if x.round <= number}
+                    self.book = leases.restore(self.all_leases.values())
+                    self.held = {key: payload for key, payload in self.held.items() if key[0] <= number}
+                    self.accepted = {key for key in self.accepted if key[0] <= number}
+                    self.pending.clear()
                 case FormPipelines() | Aggregate() | Commit() | OpenNext():
                     self.pending.append(effect)
                 case _:
@@ -136,7 +164,7 @@ class RoundsMachine(RuleBasedStateMachine):
     @rule(peer=PEERS)
     def node_is_lost(self, peer: str) -> None:
         self.here.discard(peer)
-        self._step(NodeLost(self.now_s, peer, "silent"))
+        self._step(NodeLost(self.now_s, peer, "silent", self._spares(broken_by(self.state, peer))))
 
     @rule(peer=PEERS, payload=st.sampled_from([b"x", b"y"]), back=st.integers(0, 1), other=st.booleans())
     def contribution(self, peer: str, payload: bytes, back: int, other: bool) -> None:
@@ -144,8 +172,12 @@ class RoundsMachine(RuleBasedStateMachine):
         if not mine:
             return
         pipeline = mine[-1] if not other else mine[0]
+        # Asked to wrap up, pipelines do one, two or all three of the inner steps, each node of one as many.
+        steps = 1 + pipeline.pipeline_id % 3 if self.state.wrapping and not pipeline.held else 3
+        steps = pipeline.held[0].inner_steps if pipeline.held else steps
+        number = self.state.round - back
         event = Contribution(
-            self.now_s, self.state.round - back, pipeline.generation, pipeline.pipeline_id, peer, payload
+            *(self.now_s, number, pipeline.generation, pipeline.pipeline_id, peer, payload), inner_steps=steps
         )
         key = (event.round, pipeline.pipeline_id, peer)
         known = self.held.get(key)
@@ -172,11 +204,45 @@ class RoundsMachine(RuleBasedStateMachine):
     def lead_abandons(self, peer: str) -> None:
         for pipeline in self.state.pipelines:
             if pipeline.members[0].peer == peer:
-                self._step(Abandoned(self.now_s, self.state.round, pipeline.pipeline_id, "out of memory"))
+                number = pipeline.pipeline_id
+                self._step(Abandoned(self.now_s, self.state.round, number, "out of memory", self._spares([number])))
+
+    @rule(loss=st.sampled_from([1.0, 2.0, 3.0]))
+    def lead_scores(self, loss: float) -> None:
+        asked = self.state.scorer
+        self._step(Scored(self.state.round, loss, 7))
+        assert self.state.scorer is None
+        if asked is not None:
+            assert self.state.best is not None
+            assert self.state.best.loss <= loss
 
     @rule()
     def owner_resumes(self) -> None:
         self._step(Resume())
+
+    @rule()
+    def owner_pauses(self) -> None:
+        self._step(Pause("paused by its owner"))
+        assert self.state.order is not None or self.state.job in (JobState.PAUSED, JobState.FINISHED)
+
+    @rule(back=st.integers(1, 2))
+    def owner_rewinds(self, back: int) -> None:
+        target = self.state.committed - back
+        generations = max((g for number, g in self.named if number > target), default=0)
+        best = self.state.best if self.state.best and self.state.best.round <= target else None
+        self._step(Rewind(target, generations, best=best))
+
+    @precondition(lambda self: self.state.round == 3)
+    @rule()
+    def owner_stops(self) -> None:
+        self._step(Stop("stopped by its owner"))
+
+    @rule(rounds=st.integers(3, 4), min_pipelines=st.integers(1, 2))
+    def owner_changes(self, rounds: int, min_pipelines: int) -> None:
+        rules = replace(self.state.rules, rounds=rounds, min_pipelines=min_pipelines)
+        self._step(Change(Settings(rules, f"{rules}")))
+        finished = self.state.job is JobState.FINISHED
+        assert finished or rules in (self.state.rules, self.state.next and self.state.next.rules)
 
     @precondition(lambda self: self.pending)
     @rule()
@@ -196,7 +262,7 @@ class RoundsMachine(RuleBasedStateMachine):
             case Aggregate(number):
                 self._step(AggregateDone(number))
             case Commit(number):
-                self._step(CommitNow(number))
+                self._step(CommitNow(number, self.now_s))
             case OpenNext():
                 plans, missing = self._placement()
                 self._step(NextRound(self.now_s, plans, missing))
@@ -204,7 +270,8 @@ class RoundsMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         before = self.state
-        self.state, effects = recover(before, self.now_s)
+        self.state, effects = recover(before.stored(), self.now_s)
+        assert self.state.stored() == before.stored()
         self.pending = list(effects)
         restored = leases.restore(self.all_leases.values())
         assert restored == self.book
@@ -212,6 +279,16 @@ class RoundsMachine(RuleBasedStateMachine):
     def _offer(self) -> None:
         plans, missing = self._placement()
         self._step(Offer(self.now_s, plans, missing))
+
+    def _spares(self, broken: list[int]):  # type: ignore[no-untyped-def]
+        taken = {
+            member.peer
+            for pipeline in self.state.with_standing(Standing.ACTIVE, Standing.WHOLE)
+            if pipeline.pipeline_id not in broken
+            for member in pipeline.members
+        }
+        nodes = [node for node in NODES if node.peer in self.here - taken]
+        return form_pipelines(nodes, N_BLOCKS).pipelines
 
     def _placement(self):  # type: ignore[no-untyped-def]
         placement = form_pipelines([node for node in NODES if node.peer in self.here], N_BLOCKS)
@@ -224,7 +301,8 @@ class RoundsMachine(RuleBasedStateMachine):
         taken: list[int] = []
         for lease in self.all_leases.values():
             if lease.state is not LeaseState.VOID:
-                assert sum(r.end - r.start for r in lease.ranges) == PER_LEASE
+                count = sum(r.end - r.start for r in lease.ranges)
+                assert count == PER_LEASE or (lease.state is LeaseState.CLOSED and count in (2, 4))
                 taken += [at for r in lease.ranges for at in range(r.start, r.end)]
         assert len(taken) == len(set(taken))
         free = [at for r in self.book.free for at in range(r.start, r.end)]
@@ -246,7 +324,16 @@ class RoundsMachine(RuleBasedStateMachine):
         if state.job in (JobState.WAITING, JobState.PAUSED):
             assert not active
             assert state.reason, "a job that does not run says why"
-        assert (state.deadline_s is not None) == (state.job is JobState.RUNNING and state.phase is Phase.OPEN)
+        if state.order is not None:
+            assert state.phase in (Phase.FROZEN, Phase.AGGREGATED), "an order waits for a commit, and for nothing else"
+        if state.scorer is not None:
+            asked = state.pipeline(state.scorer)
+            assert state.phase is Phase.COMMITTED
+            assert state.job is JobState.RUNNING
+            assert asked is not None
+            assert asked.standing is Standing.WHOLE
+        timed = state.job is JobState.RUNNING and (state.phase is Phase.OPEN or state.scorer is not None)
+        assert (state.deadline_s is not None) == timed
         for pipeline in state.pipelines:
             whole = len(pipeline.held) == len(pipeline.members)
             assert whole == (pipeline.standing is Standing.WHOLE)

@@ -71,7 +71,7 @@ def test_a_round_is_read_back_after_reopening(tmp_path: Path) -> None:
         storage.put_node(NodeRecord("a", Span(0, 2), ("/ip4/1.2.3.4",), "cpu", "float32"))
     storage.close()
     storage = _open(tmp_path)
-    held = (Held("b", _contribution("b").payload),)
+    held = (Held("b", _contribution("b").payload, 3),)
     assert storage.rounds_state("j1", RULES) == RoundsState(
         RULES, JobState.RUNNING, "", 1, Phase.OPEN, 1, 2, (Pipeline(0, 1, MEMBERS, Standing.ACTIVE, held),)
     )

@@ -1,0 +1,74 @@
+"""The held-out loss of a job's committed parameters, over the lead's own pipeline, forward only.
+
+In: the samples' batches and a way to open the pipeline's chain. Out: the mean cross-entropy over
+labelled tokens, and how many there were. Takes no optimizer step, and leases nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from node.stage import AdapterStage
+from swarm.compute import Compute, Priority
+from swarm.data.batch import Batch
+from swarm.model.shard import Head
+from swarm.net.chain import Chain
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float
+    tokens: int
+
+
+class Scorer:
+    """Scores batches with the parameters that the stages hold when a chain begins the next round."""
+
+    def __init__(
+        self,
+        head: Head,
+        stage: AdapterStage,
+        compute: Compute,
+        open_chain: Callable[[], Awaitable[Chain | None]],
+    ) -> None:
+        """`open_chain` gives a chain whose stages hold the committed parameters; None: this node is all of it."""
+        self._head = head
+        self._stage = stage
+        self._compute = compute
+        self._open_chain = open_chain
+
+    async def score(self, batches: Iterable[Batch]) -> Score:
+        """Raises PeerLost and whatever a stage reports."""
+        total, tokens = 0.0, 0
+        for batch in batches:
+            total += await self._batch(batch)
+            tokens += batch.label_tokens
+        return Score(total / max(1, tokens), tokens)
+
+    async def _batch(self, batch: Batch) -> float:
+        """Summed loss. A chain of its own for each batch: stages keep graphs until a gradient or their end."""
+        run, stage, head = self._compute.run, self._stage, self._head
+        chain = await self._open_chain()
+        try:
+            hidden = await run(Priority.TRAIN, lambda: head.embed(batch.input_ids_BT).detach())
+            stage.admit(0, tuple(hidden.shape))
+            output = await run(Priority.TRAIN, lambda: stage.forward(0, hidden, input_grad=False))
+            if chain is not None:
+                _, output = await chain.forward(output)
+            return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT)
+        finally:
+            if chain is not None:
+                await chain.close()
+
+
+def summed_loss(head: Head, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> float:
+    """Cross-entropy summed over the labelled positions, shifted as `transformers` shifts them."""
+    with torch.inference_mode():
+        targets_BT = labels_BT[:, 1:].to(hidden_BTD.device)
+        counted = targets_BT != -100
+        logits_NV = head.logits(hidden_BTD[:, :-1][counted])
+        return float(functional.cross_entropy(logits_NV.float(), targets_BT[counted], reduction="sum"))
