@@ -4,7 +4,7 @@
     | sha256(job id)[:8] | base hash[:8] | sha256(manifest)[:8] | keys u32 | body | sha256[:8]
 
 Little-endian. The manifest, each parameter key and its shape in key order, is what the receiver must know anyway, as
-it must know the round: only its hash travels, since names would be a tenth of a small frame. The
+it must know the round: only its hash travels, since the names would be 8% of a small frame. The
 checksum covers all that stands before it; it finds damage, not forgery, which is the signature's task.
 
 In: settings, context, shapes and a body, or a frame from anybody. Out: a frame, or its settings
