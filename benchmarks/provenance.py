@@ -24,7 +24,7 @@ from rich.table import Table
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("torch", "transformers", "peft", "hivemind", "uvloop", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "hivemind", "uvloop", "numpy", "numba")
 _PRODUCT = ("swarm", "node", "coordinator", "benchmarks")
 
 

@@ -102,6 +102,15 @@ class Simulation:
         self._state = outer_round(self._state, mean, self.spec, "rounds", number).state
         return sum(losses) / len(losses)
 
+    def delta(self) -> Parameters:
+        """What a round's inner steps of the first pipeline change, as it is before the codec."""
+        stage = self._stages[0]
+        stage.reset(self._state.params)
+        for _ in range(self._scale.inner_steps):
+            self._inner_step(stage)
+        now = stage.values()
+        return {key: self._state.params[key] - now[key] for key in now}
+
     def score(self) -> Score:
         stage = self._stages[0]
         stage.reset(self._state.params)

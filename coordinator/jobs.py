@@ -213,6 +213,7 @@ class Jobs:
             model.n_blocks,
             {node.record.peer: Traits(node.record.token_block_s, now_s - node.joined_s) for node in idle},
             model.cuts,
+            model.head_blocks,
         )
         if busy:
             jobs = ", ".join(sorted(set(busy.values())))

@@ -20,7 +20,7 @@ from swarm.adapters.registry import ModelAdapters
 from swarm.identity import Identity
 from swarm.model.checkpoint import open_for
 from swarm.model.families import cuts
-from swarm.model.shard import n_blocks
+from swarm.model.shard import head_blocks, n_blocks
 from swarm.net.join import JoinInfo
 from swarm.wire.rpc import COORDINATOR_SERVICE, RpcServer
 from swarm.wire.tls import ServerTls
@@ -56,6 +56,7 @@ async def run_coordinator(start: CoordinatorStart, ready: Callable[[JoinInfo], N
         n_blocks=n_blocks(checkpoint.config),
         adapters=ModelAdapters(checkpoint),
         cuts=cuts(checkpoint.config),
+        head_blocks=await asyncio.to_thread(head_blocks, checkpoint),
     )
     data_dir = start.data_dir.expanduser().resolve()
     async with AsyncExitStack() as stack:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from swarm.ids import Span, missing_blocks, ranges_text
+from swarm.net.split import choose_cuts
 
 
 @dataclass(frozen=True, order=True)
@@ -70,8 +71,10 @@ def form_pipelines(
     n_blocks: int,
     traits: Mapping[str, Traits] | None = None,
     cuts: Collection[int] | None = None,
+    head_blocks: float = 0.0,
 ) -> Placement:
-    """Place the nodes. A peer must not occur twice; `cuts` are the places where the model may be cut."""
+    """Place the nodes. A peer must not occur twice; `cuts` are the places where the model may be cut, `head_blocks`
+    what the head costs its lead, in blocks."""
     unused: dict[str, str] = {}
     by_span: dict[Span, list[str]] = {}
     speeds = _Speeds(traits or {})
@@ -85,7 +88,7 @@ def form_pipelines(
     # Leads first: they hold the head, and a round ends with them.
     leads = [_take_steadiest(by_span[chain[0]], speeds) for chain in chains]
     pipelines = tuple(
-        _pipeline([lead, *(by_span[span].pop(0) for span in chain[1:])], chain, speeds, cuts)
+        _pipeline([lead, *(by_span[span].pop(0) for span in chain[1:])], chain, speeds, cuts, head_blocks)
         for lead, chain in zip(leads, chains, strict=True)
     )
     left = {span: peers for span, peers in by_span.items() if peers}
@@ -188,41 +191,8 @@ def _take_steadiest(peers: list[str], speeds: _Speeds) -> str:
 
 
 def _pipeline(
-    peers: Sequence[str], chain: Sequence[Span], speeds: _Speeds, cuts: Collection[int] | None
+    peers: Sequence[str], chain: Sequence[Span], speeds: _Speeds, cuts: Collection[int] | None, head_blocks: float
 ) -> PipelinePlan:
     """Cut the overlaps. The ends of spans are always allowed: nodes hold no others."""
-    ends = {span.end for span in chain} | {span.start for span in chain}
-    allowed = range(chain[-1].end + 1) if cuts is None else sorted({*cuts, *ends})
-    places = _best_cuts(chain, [speeds.of(peer) for peer in peers], allowed)
-    starts = [0, *places[:-1]]
-    return PipelinePlan(
-        tuple(Member(peer, Span(start, end)) for peer, start, end in zip(peers, starts, places, strict=True))
-    )
-
-
-def _best_cuts(chain: Sequence[Span], block_s: Sequence[float], allowed: Iterable[int]) -> tuple[int, ...]:
-    """Where each stage ends: the slowest stage as fast as possible, then the stages as even as possible.
-
-    Stage by stage, the best way to end at each place; ties go to the later cut.
-    """
-    n_blocks = chain[-1].end
-    places = [place for place in allowed if 0 < place <= n_blocks]
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
-    for position, (span, seconds) in enumerate(zip(chain, block_s, strict=True)):
-        last = position == len(chain) - 1
-        reached: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for end in [n_blocks] if last else [p for p in places if p <= span.end]:
-            for start, (slowest, squares, ends) in best.items():
-                if not span.start <= start < end:
-                    continue
-                stage_s = seconds * (end - start)
-                found = (max(slowest, stage_s), squares + stage_s**2, (*ends, end))
-                if end not in reached or _key(found) < _key(reached[end]):
-                    reached[end] = found
-        best = reached
-    return best[n_blocks][2]
-
-
-def _key(found: tuple[float, float, tuple[int, ...]]) -> tuple[float, float, tuple[int, ...]]:
-    slowest, squares, ends = found
-    return slowest, squares, tuple(-end for end in ends)
+    spans = choose_cuts(chain, head_blocks, [speeds.of(peer) for peer in peers], cuts)
+    return PipelinePlan(tuple(Member(peer, span) for peer, span in zip(peers, spans, strict=True)))

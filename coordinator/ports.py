@@ -84,6 +84,8 @@ class ModelFacts:
     adapters: AdapterSource
     cuts: tuple[int, ...] | None = None
     """Where spans may start and end; None: everywhere."""
+    head_blocks: float = 0.0
+    """What the head costs in training, in blocks, where every position is labelled."""
 
 
 def _no_durable_point(_name: str) -> None:

@@ -134,7 +134,9 @@ class CodecSettings(Settings):
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     """Bits a kept value takes: one sign bit, the rest magnitude levels."""
     chunk: Annotated[int, Field(ge=64, le=65536)] = 4096
-    """Coordinates that share one top-k selection and one set of levels."""
+    """Coordinates that share one top-k selection."""
+    allocation: Literal["even", "energy"] = "even"
+    """`energy`: tensors with large values keep more, the others less, at as many kept values in all."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.95
     """What remains of the residual when it is carried into the next round (SparseLoCo's 0.95)."""
 

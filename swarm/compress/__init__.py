@@ -7,11 +7,17 @@ A frame names its job, round and starting parameters and is refused anywhere els
 seeds depend only on (job, round, parameter key, position), so what a tensor decodes to does not
 depend on which other tensors travel in the frame.
 
-Never: touches torch, disk, network or clock; keeps state between calls; trusts a size in a frame.
+Never: touches torch, disk (but for its own compiled code), network or clock; lets one call change another's result
+(plans and tables are remembered, bounded in number); trusts a size in a frame.
+
+Which file answers what: `frame` what a frame says about itself, `cocktail` what stands in its body; `plan` which
+coordinates belong together, `select` which are sent, `allocate` how many of each tensor, `quantize` and `levels`
+as which value; `positions`, `values`, `rans` and `ranges` how all that becomes few bytes; `feedback` where the
+rest goes.
 
 Sources: CocktailSGD (Wang et al., ICML 2023) for random sparsification, then top-k, then few
 bits, under error feedback; SparseLoCo (Sarfi et al., 2025) for chunked top-k, 2-bit levels fitted
-to each chunk and the decayed residual. Positions are entropy coded, which neither of them does.
+to the values and the decayed residual. Positions are entropy coded, which neither of them does.
 """
 
 from swarm.compress.codec import decode, encode

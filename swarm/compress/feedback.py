@@ -4,6 +4,9 @@ In: this round's delta and the residual of earlier rounds. Out: the frame, what 
 decode, and the new residual, which the caller stores. What is sent plus what remains is what was
 to be sent: decoded + residual == delta + decay * old residual, up to float32 rounding.
 
+The sum is made in the memory that becomes the residual, so nothing of the contribution's size is held
+besides the two results.
+
 Sources: 1-bit SGD (Seide et al., 2014); the decay is SparseLoCo's 0.95 (Sarfi et al., 2025), which
 lets stale directions fade. Never mutates its arguments.
 """
@@ -16,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.compress.codec import decode, encode, shapes_of
-from swarm.compress.frame import FrameContext
+from swarm.compress.codec import decode, encode_flat, parts_of, shapes_of
+from swarm.compress.frame import FrameContext, layout_of
 from swarm.config import CodecSettings
 from swarm.errors import CodecError
 
@@ -47,13 +50,19 @@ def compress_with_feedback(
     for key, shape in shapes_of(residual).items():
         if shapes.get(key) != shape:
             raise CodecError(f"the residual of {key!r} has shape {shape}, its delta {shapes.get(key, 'is absent')}")
+    layout = layout_of(shapes)
+    flat = np.empty(layout.elements, np.float32)
+    rest = parts_of(flat, layout)
     decay = np.float32(settings.decay)
-    corrected = dict(delta)
-    for key in residual:
-        with np.errstate(over="ignore"):  # `encode` refuses it, and names the key
-            # asarray: arithmetic turns arrays of rank 0 into scalars.
-            corrected[key] = np.asarray(delta[key] + decay * residual[key])
-    frame = encode(corrected, settings, context)
+    with np.errstate(over="ignore", invalid="ignore"):  # `encode_flat` refuses what is not finite, and names the key
+        for key, sum_ in rest.items():
+            if key in residual:
+                np.multiply(residual[key], decay, out=sum_)
+                np.add(sum_, delta[key], out=sum_)
+            else:
+                sum_[...] = delta[key]
+    frame = encode_flat(flat, layout, settings, context)
     decoded = decode(frame, shapes, context)
-    rest = {key: np.asarray(corrected[key] - sent) for key, sent in decoded.items()}
+    for key, sent in decoded.items():
+        np.subtract(rest[key], sent, out=rest[key])
     return Compressed(frame, decoded, rest)

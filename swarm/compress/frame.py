@@ -1,12 +1,11 @@
-"""What a frame says about itself: header, manifest, body and checksum.
+"""What a frame says about itself: header, body and checksum.
 
-    magic "SWCF" | version | kind | bits | 0 | chunk u32 | random_keep f64 | density f64 | round u64
-    | sha256(job id)[:16] | base hash 32 | keys u32 | manifest bytes u32 | manifest | body | sha256[:16]
+    magic "SWCF" | version | kind | bits | allocation | chunk u32 | random_keep f64 | density f64 | round u64
+    | sha256(job id)[:8] | base hash[:8] | sha256(manifest)[:8] | keys u32 | body | sha256[:8]
 
-Little-endian. The manifest, compressed, names each parameter key and its shape in key order; the
-checksum covers all that stands before it. Everything needed to decode stands in the frame except
-what the receiver must know anyway: the shapes it expects and the round it is in. Element counts
-follow from the shapes, so there is none to forge.
+Little-endian. The manifest, each parameter key and its shape in key order, is what the receiver must know anyway, as
+it must know the round: only its hash travels, since the names would be 8% of a small frame. The
+checksum covers all that stands before it; it finds damage, not forgery, which is the signature's task.
 
 In: settings, context, shapes and a body, or a frame from anybody. Out: a frame, or its settings
 and body once everything else about it has been found right. Never allocates by a number in a
@@ -18,8 +17,9 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from pydantic import ValidationError
@@ -27,21 +27,19 @@ from pydantic import ValidationError
 from swarm.config import CodecSettings
 from swarm.errors import CodecError, FrameTooLarge
 from swarm.ids import key_order, sha256
-from swarm.wire.bounded import compress, decompress
 
 MAGIC: Final = b"SWCF"
-VERSION: Final = 1
-HEADER: Final = struct.Struct("<4sBBBBIddQ16s32sII")
-CHECKSUM_BYTES: Final = 16
-LEVEL: Final = 1
-"""zstandard level: higher ones spend time and bytes on repetitions, which random positions do not have."""
+VERSION: Final = 2
+HEADER: Final = struct.Struct("<4sBBBBIddQ8s8s8sI")
+CHECKSUM_BYTES: Final = 8
 MAX_KEY_BYTES: Final = 512
 MAX_RANK: Final = 8
 _KINDS: Final = ("dense", "cocktail")
+_ALLOCATIONS: Final = ("even", "energy")
 _KEY_PATTERN: Final = re.compile(r"(head|0|[1-9][0-9]{0,8})/[!-~]+")
 """One spelling a block, so that key order is total; printable ASCII, so that errors can quote it."""
 _KEY_SIZE: Final = struct.Struct("<H")
-_SLACK_BYTES: Final = 1024
+_SLACK_BYTES: Final = 4096
 
 Shape = tuple[int, ...]
 
@@ -60,48 +58,71 @@ class FrameContext:
 
     @property
     def job_hash(self) -> bytes:
-        return sha256(self.job_id.encode())[:16]
+        return sha256(self.job_id.encode())[:8]
 
 
-def ordered(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The same mapping in key order. Raises CodecError: a key or shape that a frame cannot carry."""
+@dataclass(frozen=True)
+class Layout:
+    """Tensors as they lie one after the other in a frame."""
+
+    shapes: dict[str, Shape]
+    """In key order."""
+    sizes: tuple[int, ...]
+    manifest_hash: bytes
+    max_bytes: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+
+def layout_of(shapes: Mapping[str, Shape]) -> Layout:
+    """Raises CodecError: a key or shape that a frame cannot carry. Remembered: the same tensors come every round."""
+    return _layout(tuple(shapes.items()))
+
+
+@lru_cache(maxsize=64)
+def _layout(items: tuple[tuple[str, Shape], ...]) -> Layout:
+    shapes = dict(items)
     for key, shape in shapes.items():
         if len(key) > MAX_KEY_BYTES or _KEY_PATTERN.fullmatch(key) is None:
             raise CodecError(f"{key!r} is not a parameter key of the form <block>/<tensor>")
         if len(shape) > MAX_RANK or not all(0 < size < 1 << 32 for size in shape):
             raise CodecError(f"{key!r} has shape {shape}, which a frame cannot carry")
-    return {key: shapes[key] for key in sorted(shapes, key=key_order)}
+    shapes = {key: shapes[key] for key in sorted(shapes, key=key_order)}
+    sizes = tuple(math.prod(shape) for shape in shapes.values())
+    fixed_bytes = HEADER.size + CHECKSUM_BYTES + _SLACK_BYTES
+    # Raw float32 is the largest body: a coded value takes at most 16 bits, a position as many.
+    max_bytes = fixed_bytes + 64 * len(shapes) + 4 * sum(sizes) + sum(sizes) // 32
+    return Layout(shapes, sizes, sha256(_manifest(shapes))[:8], max_bytes)
 
 
 def max_frame_bytes(shapes: Mapping[str, Shape]) -> int:
-    """The most bytes a frame of these tensors takes under any settings: what a receiver need accept.
-
-    Raw float32 is the largest body; a cocktail frame needs at most 2 bytes an element and 8 a chunk.
-    """
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    fixed_bytes = HEADER.size + len(_manifest(ordered(shapes))) + CHECKSUM_BYTES + _SLACK_BYTES
-    return fixed_bytes + 16 * len(shapes) + 4 * elements + elements // 32
+    """The most bytes a frame of these tensors takes under any settings: what a receiver need accept."""
+    return layout_of(shapes).max_bytes
 
 
-def write_frame(settings: CodecSettings, context: FrameContext, shapes: Mapping[str, Shape], body: bytes) -> bytes:
-    """`shapes` in key order."""
-    manifest = compress(_manifest(shapes), LEVEL)
+def write_frame(settings: CodecSettings, context: FrameContext, layout: Layout, body: bytes) -> bytes:
     header = HEADER.pack(
         MAGIC,
         VERSION,
         _KINDS.index(settings.kind),
         settings.bits,
-        0,
+        _ALLOCATIONS.index(settings.allocation),
         settings.chunk,
         settings.random_keep,
         settings.density,
         context.round,
         context.job_hash,
-        context.base_hash,
-        len(shapes),
-        len(manifest),
+        context.base_hash[:8],
+        layout.manifest_hash,
+        len(layout.shapes),
     )
-    return seal(header + manifest + body)
+    return seal(header + body)
 
 
 def seal(content: bytes) -> bytes:
@@ -109,18 +130,14 @@ def seal(content: bytes) -> bytes:
     return content + sha256(content)[:CHECKSUM_BYTES]
 
 
-def read_frame(
-    frame: bytes | memoryview, shapes: Mapping[str, Shape], context: FrameContext
-) -> tuple[CodecSettings, memoryview]:
-    """Settings and body of a frame that is whole and is the expected one. `shapes` in key order.
+def read_frame(frame: bytes | memoryview, layout: Layout, context: FrameContext) -> tuple[CodecSettings, memoryview]:
+    """Settings and body of a frame that is whole and is the expected one.
 
-    Raises FrameTooLarge: longer than `max_frame_bytes`; CodecError: anything else, by name.
+    Raises FrameTooLarge: longer than any frame of these tensors; CodecError: anything else, by name.
     """
     view = memoryview(frame).cast("B")
-    if len(view) > max_frame_bytes(shapes):
-        raise FrameTooLarge(
-            f"a frame of {len(view)} bytes arrived where at most {max_frame_bytes(shapes)} can be needed"
-        )
+    if len(view) > layout.max_bytes:
+        raise FrameTooLarge(f"a frame of {len(view)} bytes arrived where at most {layout.max_bytes} can be needed")
     if bytes(view[:4]) != MAGIC:
         raise CodecError("this is not a codec frame")
     if len(view) < HEADER.size + CHECKSUM_BYTES:
@@ -131,26 +148,33 @@ def read_frame(
     if sha256(content)[:CHECKSUM_BYTES] != view[-CHECKSUM_BYTES:]:
         raise CodecError("the frame does not match its checksum: it is damaged or cut short")
     fields = HEADER.unpack_from(content)
-    kind, bits, reserved, chunk, random_keep, density, round_, job_hash, base_hash, n_keys, manifest_bytes = fields[2:]
+    kind, bits, allocation, chunk, random_keep, density, round_, job_hash, base_hash, manifest_hash, n_keys = fields[2:]
     if job_hash != context.job_hash:
         raise CodecError(f"the frame belongs to another job than '{context.job_id}'")
     if round_ != context.round:
         raise CodecError(f"the frame belongs to round {round_}, not to round {context.round}")
-    if base_hash != context.base_hash:
+    if base_hash != context.base_hash[:8]:
         raise CodecError(
-            f"the frame starts from parameters {base_hash.hex()[:16]}, this round from {context.base_hash.hex()[:16]}"
+            f"the frame starts from parameters {base_hash.hex()}, this round from {context.base_hash[:8].hex()}"
         )
-    if kind >= len(_KINDS) or reserved != 0:
-        raise CodecError(f"the frame has unknown kind {kind} or flags {reserved}")
+    if n_keys != len(layout.shapes):
+        raise CodecError(f"the frame holds {n_keys} tensors where {len(layout.shapes)} are expected")
+    if manifest_hash != layout.manifest_hash:
+        raise CodecError(f"the frame holds other tensors than the {n_keys} expected, or other shapes of them")
+    if kind >= len(_KINDS) or allocation >= len(_ALLOCATIONS):
+        raise CodecError(f"the frame has unknown kind {kind} or allocation {allocation}")
     try:
-        settings = CodecSettings(kind=_KINDS[kind], random_keep=random_keep, density=density, bits=bits, chunk=chunk)
+        settings = CodecSettings(
+            kind=_KINDS[kind],
+            random_keep=random_keep,
+            density=density,
+            bits=bits,
+            chunk=chunk,
+            allocation=_ALLOCATIONS[allocation],
+        )
     except ValidationError as error:
         raise CodecError(f"the frame has impossible settings: {error.errors()[0]['loc'][0]}") from error
-    body_start = HEADER.size + manifest_bytes
-    if body_start > len(content):
-        raise CodecError("the manifest reaches beyond the frame")
-    _check_manifest(content[HEADER.size : body_start], n_keys, shapes)
-    return settings, content[body_start:]
+    return settings, content[HEADER.size :]
 
 
 def _manifest(shapes: Mapping[str, Shape]) -> bytes:
@@ -160,46 +184,3 @@ def _manifest(shapes: Mapping[str, Shape]) -> bytes:
         name = key.encode()
         parts.append(_KEY_SIZE.pack(len(name)) + name + struct.pack(f"<B{len(shape)}I", len(shape), *shape))
     return b"".join(parts)
-
-
-def _check_manifest(compressed: memoryview, n_keys: int, shapes: Mapping[str, Shape]) -> None:
-    """Walks along the expected keys up to the first difference; a hostile manifest costs no more."""
-    expected = _manifest(shapes)
-    # Room for a few keys too many, so that the error can name one.
-    manifest = decompress(compressed, limit_bytes=2 * len(expected) + MAX_KEY_BYTES)
-    if manifest == expected and n_keys == len(shapes):
-        return
-    keys = list(shapes)
-    offset = 0
-    for index in range(n_keys):
-        key, shape, offset = _read_entry(manifest, offset)
-        _check_entry(key, shape, keys, index, shapes)
-    if n_keys < len(keys):
-        raise CodecError(f"the frame lacks {keys[n_keys]!r}")
-    raise CodecError("the manifest has bytes after its last key")
-
-
-def _read_entry(manifest: bytes, offset: int) -> tuple[str, Shape, int]:
-    try:
-        (name_bytes,) = _KEY_SIZE.unpack_from(manifest, offset)
-        offset += _KEY_SIZE.size
-        key = manifest[offset : offset + name_bytes].decode("ascii")
-        offset += name_bytes
-        rank = manifest[offset]
-        shape = struct.unpack_from(f"<{rank}I", manifest, offset + 1)
-    except (struct.error, UnicodeDecodeError, IndexError) as error:
-        raise CodecError("the manifest is malformed") from error
-    if name_bytes > MAX_KEY_BYTES or rank > MAX_RANK:
-        raise CodecError("the manifest is malformed")
-    return key, shape, offset + 1 + 4 * rank
-
-
-def _check_entry(key: str, shape: Shape, keys: Sequence[str], index: int, shapes: Mapping[str, Shape]) -> None:
-    if key not in shapes:
-        raise CodecError(f"the frame holds {key!r}, which is not expected")
-    if index >= len(keys) or key_order(key) < key_order(keys[index]):
-        raise CodecError(f"the frame holds {key!r} twice or out of order")
-    if key != keys[index]:
-        raise CodecError(f"the frame lacks {keys[index]!r}, or holds it out of order")
-    if shape != shapes[key]:
-        raise CodecError(f"the frame holds {key!r} with shape {shape} where {shapes[key]} is expected")

@@ -1,88 +1,158 @@
-"""How the kept positions within a subset are written down.
+"""How the kept places of a crowded chunk become byte symbols, and how often each symbol comes.
 
-In: ascending positions, [rows, kept] out of `subset` places a row. Out: bytes whose symbols have
-skewed frequencies, for zstandard's Huffman stage, and back. Measured on random positions (600
-chunks of 4096, zstandard 1.5.7 at level 1): gaps take 1.01 to 1.02 times log2 C(n, k) at densities
-1/64 to 1/8, and 1.04 at 1/4; bitmaps take 1.04 at 1/8 and at most 1.02 from 1/4 on.
+In: ascending places, `kept` out of `subset` a chunk. Out: one byte a gap (255: as many places further, and the gap
+goes on) or one byte for eight places of a bitmap, and back. If every choice of `kept` places is equally likely, gaps
+are nearly geometric and the places of a bitmap nearly independent, so both ends know the frequencies from the counts
+and none are sent. That the counts are fixed is worth another 2 to 5 bits a chunk, which is why
+chunks that keep few go through `swarm.compress.ranges` instead.
 
-Never trusts what it reads: positions beyond the subset, a wrong number of them and unfinished
-gaps are a CodecError.
+Never trusts what it reads: places beyond the subset, a wrong number of them and unfinished gaps are a CodecError.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from swarm.compress import rans
+from swarm.compress.jit import int64, kernel
+from swarm.compress.plan import EIGHTHS, Crowd, PositionCoding
 from swarm.errors import CodecError
 
-ESCAPE = 255
-"""A gap byte of 255 means: 255 places further, and the gap goes on."""
+_ESCAPE = 255
+_UNIT = 2.0**52
+
+Places = NDArray[np.uint16]
+Symbols = NDArray[np.uint8]
+Runs = NDArray[np.void]
 
 
-class PositionCoding(Enum):
-    ALL = "all"
-    """Everything is kept, nothing to write."""
-    GAPS = "gaps"
-    BITMAP = "bitmap"
+def symbols_of(crowd: Crowd, places: Places) -> Symbols:
+    """The symbols of all chunks of a crowd, one after the other."""
+    symbols = np.zeros(crowd.most_symbols, np.uint8)
+    if crowd.coding is PositionCoding.BITMAP:
+        _write_bitmaps(crowd.runs, places, symbols)
+        return symbols
+    return symbols[: _write_gaps(crowd.runs, places, symbols)]
 
 
-def position_coding(subset: int, kept: int) -> PositionCoding:
-    """Both ends derive the coding from the counts; it is not written in the frame."""
-    if kept == subset:
-        return PositionCoding.ALL
-    return PositionCoding.BITMAP if kept * 6 >= subset else PositionCoding.GAPS
+def places_of(crowd: Crowd, symbols: Symbols, places: Places) -> None:
+    """The inverse; writes the crowd's share of the frame's places."""
+    if crowd.coding is PositionCoding.BITMAP:
+        if not _read_bitmaps(crowd.runs, symbols, places):
+            raise CodecError("a bitmap in the frame does not mark exactly as many places as its chunk keeps")
+    elif not _read_gaps(crowd.runs, symbols, places):
+        raise CodecError("the position gaps in the frame reach beyond a chunk, or their number is wrong")
 
 
-def max_gap_bytes(rows: int, subset: int, kept: int) -> int:
-    """The most bytes that gaps of such rows can take."""
-    return rows * (kept + (subset - kept) // ESCAPE)
+def table_of(crowd: Crowd) -> rans.Table:
+    return _table(crowd.coding, crowd.octave_eighths)
 
 
-def write_gaps(positions_RK: NDArray[np.int64]) -> bytes:
-    """Places skipped before each kept one, a byte each unless escaped; rows follow one another."""
-    gaps = (np.diff(positions_RK, axis=1, prepend=-1) - 1).reshape(-1)
-    escapes = gaps // ESCAPE
-    ends = np.cumsum(escapes + 1)
-    written = np.full(ends[-1], ESCAPE, np.uint8)
-    written[ends - 1] = gaps - escapes * ESCAPE
-    return written.tobytes()
+@lru_cache(maxsize=32)
+def _table(coding: PositionCoding, octave_eighths: int) -> rans.Table:
+    """Products of IEEE float64 in a fixed order, so that every machine has the same table."""
+    octaves, eighths = divmod(octave_eighths, 8)
+    marked = 1.0 / EIGHTHS[eighths] / 2.0**octaves
+    blank = 1.0 - marked
+    if coding is PositionCoding.BITMAP:
+        chances = []
+        for byte in range(256):
+            chance = 1.0
+            for bit in range(8):
+                chance *= marked if byte >> bit & 1 else blank
+            chances.append(chance)
+    else:
+        chances = []
+        none_yet = 1.0
+        for _ in range(_ESCAPE):
+            chances.append(none_yet * marked)
+            none_yet *= blank
+        chances.append(none_yet)
+    return rans.table([max(1, int(chance * _UNIT)) for chance in chances])
 
 
-def read_gaps(data: bytes, expected: int) -> NDArray[np.int64]:
-    """[expected] gaps from the bytes of `write_gaps`, of any number of rows."""
-    written = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(written != ESCAPE)
-    if ends.size != expected or data.endswith(bytes([ESCAPE])):
-        raise CodecError(f"the frame holds {ends.size} position gaps where {expected} whole ones are expected")
-    return np.diff(np.cumsum(written, dtype=np.int64)[ends], prepend=0)
+@kernel
+def _write_gaps(runs: Runs, places: Places, symbols: Symbols) -> int:
+    """How many symbols there are."""
+    at = 0
+    for r in range(runs.size):
+        run = runs[r]
+        for row in range(run.rows):
+            first = run.first_place + row * run.kept
+            begin = 0
+            for index in range(first, first + run.kept):
+                gap = int64(places[index]) - begin
+                begin += gap + 1
+                while gap >= 255:
+                    symbols[at] = 255
+                    at += 1
+                    gap -= 255
+                symbols[at] = gap
+                at += 1
+    return at
 
 
-def positions_from_gaps(gaps_RK: NDArray[np.int64], subset: int) -> NDArray[np.int64]:
-    """[R, K] ascending positions below `subset`."""
-    positions_RK = np.cumsum(gaps_RK + 1, axis=1) - 1
-    if int(positions_RK[:, -1].max()) >= subset:
-        raise CodecError(f"a position in the frame lies beyond the {subset} places of its chunk")
-    return positions_RK
+@kernel
+def _read_gaps(runs: Runs, symbols: Symbols, places: Places) -> bool:
+    at = 0
+    for r in range(runs.size):
+        run = runs[r]
+        for row in range(run.rows):
+            first = run.first_place + row * run.kept
+            place = -1
+            for index in range(first, first + run.kept):
+                place += 1
+                while True:
+                    if at == symbols.size:
+                        return False
+                    symbol = int64(symbols[at])
+                    at += 1
+                    place += symbol
+                    if symbol != 255:
+                        break
+                # Truncated to 16 bits where it is too large, which the check after the chunk refuses.
+                places[index] = place
+            if place >= run.subset:
+                return False
+    return at == symbols.size
 
 
-def bitmap_bytes(rows: int, subset: int) -> int:
-    return rows * ((subset + 7) // 8)
+@kernel
+def _write_bitmaps(runs: Runs, places: Places, symbols: Symbols) -> None:
+    """`symbols`: zeros."""
+    at = 0
+    for r in range(runs.size):
+        run = runs[r]
+        for row in range(run.rows):
+            first = run.first_place + row * run.kept
+            for index in range(first, first + run.kept):
+                place = int64(places[index])
+                symbols[at + (place >> 3)] |= 1 << (place & 7)
+            at += (run.subset + 7) >> 3
 
 
-def write_bitmap(positions_RK: NDArray[np.int64], subset: int) -> bytes:
-    """One bit a place, each row padded to whole bytes."""
-    kept_RM = np.zeros((len(positions_RK), subset), np.bool_)
-    np.put_along_axis(kept_RM, positions_RK, True, axis=1)
-    return np.packbits(kept_RM, axis=1).tobytes()
-
-
-def read_bitmap(data: bytes, rows: int, subset: int, kept: int) -> NDArray[np.int64]:
-    """[rows, kept] ascending positions from `bitmap_bytes(rows, subset)` bytes."""
-    packed = np.frombuffer(data, np.uint8).reshape(rows, -1)
-    kept_RM = np.unpackbits(packed, axis=1, count=subset).view(np.bool_)
-    if (np.count_nonzero(kept_RM, axis=1) != kept).any():
-        raise CodecError(f"a bitmap in the frame does not mark exactly {kept} of {subset} places")
-    return np.flatnonzero(kept_RM).reshape(rows, kept) - np.arange(rows)[:, None] * subset
+@kernel
+def _read_bitmaps(runs: Runs, symbols: Symbols, places: Places) -> bool:
+    at = 0
+    for r in range(runs.size):
+        run = runs[r]
+        for row in range(run.rows):
+            index = run.first_place + row * run.kept
+            end = index + run.kept
+            for place in range(run.subset):
+                bit = symbols[at + (place >> 3)] >> (place & 7) & 1
+                # Written before it is known to count; beyond the chunk's last it would hit the next one's.
+                if index < end:
+                    places[index] = place
+                elif bit:
+                    return False
+                index += bit
+            if index != end:
+                return False
+            at += (run.subset + 7) >> 3
+            if run.subset & 7 and symbols[at - 1] >> (run.subset & 7):
+                return False
+    return True

@@ -48,6 +48,7 @@ __all__ = [
     "block_bytes",
     "context_length",
     "cuts",
+    "head_blocks",
     "n_blocks",
     "skeleton_of",
 ]
@@ -316,3 +317,10 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, scheme: Scheme = "no
             skeleton = skeleton_of(checkpoint, Span(block, block + 1), dtype)
             sizes[block] = plan_of(skeleton, scheme).nbytes(skeleton, dtype)
     return sizes
+
+
+def head_blocks(checkpoint: Checkpoint) -> float:
+    """What the LM head costs in training, in average blocks: by the weights each multiplies with."""
+    head = int(checkpoint.config.vocab_size) * int(checkpoint.config.hidden_size) * torch.float32.itemsize
+    sizes = block_bytes(checkpoint, torch.float32)
+    return head * len(sizes) / sum(sizes)

@@ -34,6 +34,21 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
     )
 
 
+def arithmetic(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Values that no library's random numbers decide: heavy tails of a multiplicative congruence, at many scales."""
+    tensors: Tensors = {}
+    state = 1
+    for key, shape in shapes.items():
+        numbers = []
+        for _ in range(int(np.prod(shape, dtype=np.int64))):
+            state = state * 48271 % 0x7FFF_FFFF
+            numbers.append((state - (1 << 30)) / (1 << 30))
+        uniform = np.array(numbers)
+        cubed = uniform * uniform * uniform * 2.0 ** (len(key) % 7 - 10)
+        tensors[key] = cubed.astype(np.float32).reshape(shape)
+    return tensors
+
+
 def digest(tensors: Tensors) -> str:
     """Hash over keys and bits, in the order given."""
     hasher = hashlib.sha256()
@@ -73,5 +88,11 @@ cocktails = st.builds(
     bits=st.integers(1, 8),
     chunk=st.sampled_from([64, 100, 257, 4096]),
     decay=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    allocation=st.just("even"),
 )
-any_settings = st.one_of(cocktails, st.just(CodecSettings(kind="dense")))
+by_energy = st.builds(
+    CodecSettings, random_keep=shares, density=shares, bits=st.integers(1, 8), allocation=st.just("energy")
+)
+by_itself = st.one_of(cocktails, st.just(CodecSettings(kind="dense")))
+"""Settings under which what a tensor decodes to depends on nothing else."""
+any_settings = st.one_of(by_itself, by_energy)

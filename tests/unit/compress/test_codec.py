@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import subprocess
@@ -12,11 +11,25 @@ from math import lgamma, log
 
 import numpy as np
 import pytest
-from codec_cases import CONTEXT, Tensors, any_settings, digest, gaussian, same_bits, shapes_of, tensors
+from codec_cases import (
+    CONTEXT,
+    Tensors,
+    any_settings,
+    arithmetic,
+    by_itself,
+    digest,
+    gaussian,
+    same_bits,
+    shapes_of,
+    tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.compress import decode, encode, max_frame_bytes
+from swarm.compress.cocktail import choose
+from swarm.compress.frame import layout_of
+from swarm.compress.plan import counts
 from swarm.config import CodecSettings
 from swarm.errors import CodecError
 from swarm.ids import key_order
@@ -35,13 +48,13 @@ def test_decodes_to_what_the_settings_promise(given_tensors: Tensors, codec: Cod
         assert np.isfinite(tensor).all()
         source = given_tensors[key]
         assert (tensor * np.sign(source) >= 0).all()
-        assert float(np.abs(tensor).max()) <= 1.25 * float(np.abs(source).max())
+        assert float(np.abs(tensor).max()) <= 1.42 * float(np.abs(source).max())
     if codec.kind == "dense":
         assert same_bits(decoded, {key: given_tensors[key] for key in decoded})
 
 
 @settings(max_examples=60, deadline=None)
-@given(tensors(), any_settings, st.data())
+@given(tensors(), by_itself, st.data())
 def test_a_tensor_decodes_alike_whatever_travels_with_it(
     given_tensors: Tensors, codec: CodecSettings, data: st.DataObject
 ) -> None:
@@ -111,8 +124,9 @@ def test_dense_quantization_is_near_the_best_for_gaussian_values(bits: int, best
     decoded = decode(encode(source, CodecSettings(density=1.0, bits=bits), CONTEXT), shapes_of(source), CONTEXT)
     error = np.square(decoded["0/w"] - source["0/w"]).sum() / np.square(source["0/w"]).sum()
     assert 0.97 * best < error < 1.7 * best
+    # Levels are a 32nd of an octave apart; the residual keeps what they take or add.
     bias = np.abs(decoded["0/w"]).mean() / np.abs(source["0/w"]).mean() - 1
-    assert abs(bias) < 2e-3
+    assert abs(bias) < 0.03
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1.0, 1e6, 1e30])
@@ -133,16 +147,25 @@ def test_scale_does_not_matter(scale: float, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("density", "slack"), [(1 / 64, 1.08), (0.0625, 1.03), (0.125, 1.02), (0.25, 1.02), (0.5, 1.0)]
+    ("keep", "density", "slack"),
+    [(1, 1 / 64, 1.02), (1, 1 / 16, 1.012), (1, 1 / 4, 1.01), (1, 1, 1.005), (0.2, 1 / 64, 1.05), (0.2, 1 / 2, 1.025)],
 )
-def test_size_is_near_the_entropy_bound(density: float, slack: float) -> None:
-    """log2 C(n, k) bits for the positions and `bits` for each value; skewed levels can go below it."""
-    source = gaussian({f"{block}/w.lora_A": (8, 4096) for block in range(20)})
-    codec = CodecSettings(density=density)
-    kept = round(density * 4096)
-    positions_bits = (lgamma(4097) - lgamma(kept + 1) - lgamma(4097 - kept)) / log(2)
-    bound_bytes = 20 * 8 * (positions_bits + kept * codec.bits) / 8
-    assert len(encode(source, codec, CONTEXT)) < slack * bound_bytes
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_size_is_near_the_entropy_bound(keep: float, density: float, slack: float, bits: int) -> None:
+    """log2 C(n, k) bits for the positions of each chunk and the entropy of the frame's value symbols."""
+    source = gaussian({f"{block}/w.lora_{ab}": (8, 577) for block in range(210) for ab in "AB"})
+    codec = CodecSettings(density=density, random_keep=keep, bits=bits)
+    layout = layout_of(shapes_of(source))
+    flat = np.concatenate([source[key].reshape(-1) for key in layout.keys])
+    symbols = choose(flat, layout, codec, CONTEXT).symbols
+    positions_bits = 0.0
+    for length in (4096, 8 * 577 - 4096):
+        counted = counts(length, codec)
+        n, k = counted.subset, counted.kept
+        positions_bits += 420 * (lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)) / log(2)
+    often = np.bincount(symbols)
+    value_bits = -float((often[often > 0] * np.log2(often[often > 0] / symbols.size)).sum())
+    assert 8 * len(encode(source, codec, CONTEXT)) < slack * (positions_bits + value_bits)
 
 
 def test_does_not_touch_its_arguments() -> None:
@@ -211,16 +234,22 @@ def test_same_bits_in_other_processes() -> None:
     assert printed[0] == printed[1]
 
 
-GOLDEN_FRAME = (
-    "U1dDRgEBAwCAAAAAmpmZmZmZ6T+4HoXrUbi+PwcAAAAAAAAAAmq2OcId+KqA5XiTcKnbGwABAgMEBQYHCAkKCwwNDg8QERIT"
-    "FBUWFxgZGhscHR4fAgAAAC4AAAAotS/9ICUpAQAKADAvdy5sb3JhX0ECAwAAAGQAAAAJAGhlYWQvbm9ybQEHAAAAJQAAACi1"
-    "L/0gHOEAAAcTAQQACAMFAwkBDQgHCgQIFwUBDAAEAQMPBAUKAAAAKLUv/SABCQAAIA8AAAAotS/9IAYxAACAEOnAMIARAAAA"
-    "KLUv/SAIQQAAA0bGETSMMgAZAAAAKLUv/SAQgQAAx/c6OoLROTm6OgE6dzsAABzLxlisilyYNir2dykjN1o="
-)
-GOLDEN_SHA256 = "048a27b3d741e320517c9e0cd27f7a82d60dcac678d7b6da9ab9d91950d7f490"
+GOLDEN = {
+    "exact": (CodecSettings(density=0.05, chunk=257), "e83969364dd37d07", "48f67b6ef420608a"),
+    "gaps": (CodecSettings(density=0.1, bits=1), "34f425736c572e11", "7ff2c9538bdb465c"),
+    "bitmap": (CodecSettings(density=0.4, bits=3, chunk=1000), "2b537ddf6e3f0a0a", "f87ae0040a829a88"),
+    "subset": (CodecSettings(random_keep=0.3, density=0.2, bits=4), "a9d7874c0f06e579", "bd62f6f31ae1f7f5"),
+    "whole": (CodecSettings(density=1, bits=8), "ecccc70a5b78ebd4", "0b0da8de1fcced81"),
+    "energy": (CodecSettings(density=0.1, allocation="energy"), "a2ac3dd5b77121fa", "e6a95cd4ae8a97dc"),
+    "dense": (CodecSettings(kind="dense"), "4fc5040af35db4d6", "b7ec35dc0183bddd"),
+}
 
 
-def test_frames_of_version_1_decode_as_they_always_did() -> None:
-    """Guards the format, the subset generator and the arithmetic against changes of ours or numpy's."""
-    decoded = decode(base64.b64decode(GOLDEN_FRAME), {"0/w.lora_A": (3, 100), "head/norm": (7,)}, CONTEXT)
-    assert hashlib.sha256(b"".join(tensor.tobytes() for tensor in decoded.values())).hexdigest() == GOLDEN_SHA256
+@pytest.mark.parametrize("name", GOLDEN)
+def test_frames_of_version_2_are_made_and_decoded_as_they_always_were(name: str) -> None:
+    """Guards format, choice, levels, subset and arithmetic against changes of ours, numpy's and the compiler's."""
+    codec, frame_sha256, decoded_sha256 = GOLDEN[name]
+    source = arithmetic({"0/w.lora_A": (8, 577), "0/w.lora_B": (500, 3), "11/v.lora_A": (9000,), "head/norm": (7,)})
+    frame = encode(source, codec, CONTEXT)
+    assert hashlib.sha256(frame).hexdigest()[:16] == frame_sha256
+    assert digest(decode(frame, shapes_of(source), CONTEXT))[:16] == decoded_sha256

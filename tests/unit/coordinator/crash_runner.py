@@ -20,10 +20,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import structlog
 from coordinator_sim import identity, job_spec, meddle, run_job
 
 from coordinator.ports import CoordinatorSettings
+from swarm.compress import FrameContext, compress_with_feedback, decode, encode
+from swarm.config import CodecSettings
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 KILLED = 137
@@ -136,7 +139,15 @@ def by_name(root: Path, job: str, reference: str) -> None:
         print(json.dumps({"name": name, "lives": lives} | finish(folder, job)), flush=True)
 
 
+def load_codec() -> None:
+    """Compiled code is loaded at its first use: here once, rather than in each of the children."""
+    update, context = {"0/w": np.ones(9, np.float32)}, FrameContext("warm", 1, bytes(32))
+    compress_with_feedback(update, update, CodecSettings(density=0.5), context)
+    decode(encode(update, CodecSettings(density=0.125), context), {"0/w": (9,)}, context)
+
+
 def main(root: Path, scenario: str) -> None:
+    load_codec()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     if scenario != "rounds":
         by_name(root, scenario, "straight" if scenario == "owner" else scenario)
