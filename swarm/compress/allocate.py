@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.compress import ranges
-from swarm.compress.jit import kernel
 from swarm.compress.plan import DENSITY_STEPS
 from swarm.config import CodecSettings
 from swarm.errors import CodecError
+from swarm.jit import jit
 
 _BINS = 1 << 12
 """Magnitudes by exponent and 4 bits more: thresholds 3 to 6% apart."""
@@ -78,7 +78,7 @@ def read_steps(reader: ranges.Reader, names: Int64) -> tuple[int, ...]:
     return tuple(steps)
 
 
-@kernel
+@jit
 def _count_magnitudes(bits: NDArray[np.uint32], sizes: Int64, at_least: Int64) -> None:
     """How many magnitudes of each tensor reach each bin."""
     at = 0

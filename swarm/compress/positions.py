@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.compress import rans
-from swarm.compress.jit import int64, kernel
 from swarm.compress.plan import EIGHTHS, Crowd, PositionCoding
 from swarm.errors import CodecError
+from swarm.jit import int64, jit
 
 _ESCAPE = 255
 _UNIT = 2.0**52
@@ -74,7 +74,7 @@ def _table(coding: PositionCoding, octave_eighths: int) -> rans.Table:
     return rans.table([max(1, int(chance * _UNIT)) for chance in chances])
 
 
-@kernel
+@jit
 def _write_gaps(runs: Runs, places: Places, symbols: Symbols) -> int:
     """How many symbols there are."""
     at = 0
@@ -95,7 +95,7 @@ def _write_gaps(runs: Runs, places: Places, symbols: Symbols) -> int:
     return at
 
 
-@kernel
+@jit
 def _read_gaps(runs: Runs, symbols: Symbols, places: Places) -> bool:
     at = 0
     for r in range(runs.size):
@@ -120,7 +120,7 @@ def _read_gaps(runs: Runs, symbols: Symbols, places: Places) -> bool:
     return at == symbols.size
 
 
-@kernel
+@jit
 def _write_bitmaps(runs: Runs, places: Places, symbols: Symbols) -> None:
     """`symbols`: zeros."""
     at = 0
@@ -134,7 +134,7 @@ def _write_bitmaps(runs: Runs, places: Places, symbols: Symbols) -> None:
             at += (run.subset + 7) >> 3
 
 
-@kernel
+@jit
 def _read_bitmaps(runs: Runs, symbols: Symbols, places: Places) -> bool:
     at = 0
     for r in range(runs.size):

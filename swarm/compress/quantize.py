@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.compress import levels
-from swarm.compress.jit import float64, int64, kernel
 from swarm.compress.plan import Plan
+from swarm.jit import float64, int64, jit
 
 _LLOYD_STEPS = 6
 """From evenly spaced levels over the range. At density 1/16 the error is then within 5% of convergence; dense
@@ -55,7 +55,7 @@ def place(flat: Float32, plan: Plan, places: Places, packed: Symbols, bits: int,
     _place(flat, plan.runs, places, packed, bits, shift, floor, step)
 
 
-@kernel
+@jit
 def _square(value: float, floor: float, step: float, last: int) -> float:
     """Squared error of the nearest level."""
     code = np.floor(min(max((value - floor) / step + 0.5, 0.0), float(last)))
@@ -63,7 +63,7 @@ def _square(value: float, floor: float, step: float, last: int) -> float:
     return rest * rest
 
 
-@kernel
+@jit
 def _fit_even(sample: NDArray[np.float64], size: int, largest: float, weight: float, last: int) -> tuple[float, float]:
     """Floor and step of `last` + 1 evenly spaced levels; `largest` counts as `weight` values more."""
     lowest, mean = largest, weight * largest
@@ -95,7 +95,7 @@ def _fit_even(sample: NDArray[np.float64], size: int, largest: float, weight: fl
     return floor, max(step, 0.0)
 
 
-@kernel
+@jit
 def _fit(
     flat: Float32,
     runs: Runs,
@@ -139,7 +139,7 @@ def _fit(
                 size, seen, largest = 0, 0, 0.0
 
 
-@kernel
+@jit
 def _round_levels(
     sample: NDArray[np.float64],
     size: int,
@@ -195,7 +195,7 @@ def _round_levels(
                 fraction[group] = part
 
 
-@kernel
+@jit
 def _assign(
     flat: Float32, runs: Runs, places: Places, floors: Float32, steps: Float32, last: int, symbols: Symbols
 ) -> None:
@@ -222,7 +222,7 @@ def _assign(
                     symbols[at + index] = np.int32(code) + (sign if value < 0 else 0)
 
 
-@kernel
+@jit
 def _place(
     flat: Float32,
     runs: Runs,

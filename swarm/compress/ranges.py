@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.compress.jit import int64, kernel
+from swarm.jit import int64, jit
 
 MOST_KEPT = 31
 """Up to as many positions fit: larger products could leave float64's range, and a table costs less than 1%."""
@@ -96,7 +96,7 @@ class Reader:
         _read_positions(self._state, self._data, runs, places)
 
 
-@kernel
+@jit
 def _shift(state: State, out: Bytes) -> None:
     """One byte leaves the coder; bytes of 255 wait until it is known whether a carry runs through them."""
     low = state[_LOW]
@@ -114,7 +114,7 @@ def _shift(state: State, out: Bytes) -> None:
     state[_LOW] = (low & 0x00FF_FFFF) << 8
 
 
-@kernel
+@jit
 def _write_bit(state: State, out: Bytes, bit: int, zero: int) -> None:
     """`zero`: the probability of a zero in 1/65536, 1 to 65535."""
     bound = (state[_RANGE] >> 16) * zero
@@ -128,7 +128,7 @@ def _write_bit(state: State, out: Bytes, bit: int, zero: int) -> None:
         _shift(state, out)
 
 
-@kernel
+@jit
 def _flush(state: State, out: Bytes) -> None:
     """The value within the range that ends in the most zero bits."""
     last = state[_LOW] + state[_RANGE] - 1
@@ -141,7 +141,7 @@ def _flush(state: State, out: Bytes) -> None:
         _shift(state, out)
 
 
-@kernel
+@jit
 def _next_byte(state: State, data: Bytes) -> int:
     at = state[2]
     state[2] = at + 1
@@ -149,13 +149,13 @@ def _next_byte(state: State, data: Bytes) -> int:
     return byte
 
 
-@kernel
+@jit
 def _start(state: State, data: Bytes) -> None:
     for _ in range(4):
         state[0] = state[0] << 8 | _next_byte(state, data)
 
 
-@kernel
+@jit
 def _read_bit(state: State, data: Bytes, zero: int) -> int:
     bound = (state[1] >> 16) * zero
     bit = 0
@@ -171,7 +171,7 @@ def _read_bit(state: State, data: Bytes, zero: int) -> int:
     return bit
 
 
-@kernel
+@jit
 def _learn(odds: Learned, slot: int, bit: int) -> None:
     """Moves by 1/(n + 1.5) towards what came, n up to 30: soon near the truth, later able to follow."""
     seen = odds[slot, 1]
@@ -181,20 +181,20 @@ def _learn(odds: Learned, slot: int, bit: int) -> None:
         odds[slot, 1] = seen + 1
 
 
-@kernel
+@jit
 def _write_learned(state: State, out: Bytes, bit: int, odds: Learned, slot: int) -> None:
     _write_bit(state, out, bit, int64(odds[slot, 0]))
     _learn(odds, slot, bit)
 
 
-@kernel
+@jit
 def _read_learned(state: State, data: Bytes, odds: Learned, slot: int) -> int:
     bit = _read_bit(state, data, int64(odds[slot, 0]))
     _learn(odds, slot, bit)
     return bit
 
 
-@kernel
+@jit
 def _write_number(state: State, out: Bytes, value: int, odds: Learned, base: int) -> None:
     """Zero or not, sign, length in unary, the bits after the leading one (Exp-Golomb, learned)."""
     _write_learned(state, out, int64(value != 0), odds, base)
@@ -217,7 +217,7 @@ def _write_number(state: State, out: Bytes, value: int, odds: Learned, base: int
             _write_bit(state, out, bit, _ONE // 2)
 
 
-@kernel
+@jit
 def _read_number(state: State, data: Bytes, odds: Learned, base: int) -> int:
     if _read_learned(state, data, odds, base) == 0:
         return 0
@@ -240,7 +240,7 @@ def _no_estimates(names: Int64) -> Int64:
     return np.zeros((int(names.max(initial=0)) + 2, 2, 2), np.int64)
 
 
-@kernel
+@jit
 def _expected(estimates: Int64, name: int, part: int, shift: int) -> int:
     """What groups of the same name came to so far, else the group before; in units of 2^shift."""
     own = name if estimates[name, part, 1] else -1
@@ -248,7 +248,7 @@ def _expected(estimates: Int64, name: int, part: int, shift: int) -> int:
     return expected
 
 
-@kernel
+@jit
 def _observe(estimates: Int64, name: int, part: int, value: int, shift: int) -> None:
     """A running mean of about the last eight, in sixteenths."""
     fine = value << (4 + shift)
@@ -258,7 +258,7 @@ def _observe(estimates: Int64, name: int, part: int, value: int, shift: int) -> 
     estimates[-1, part, 0] = fine
 
 
-@kernel
+@jit
 def _write_levels(
     state: State,
     out: Bytes,
@@ -286,7 +286,7 @@ def _write_levels(
             _observe(estimates, names[g], 1, fraction[g], shift)
 
 
-@kernel
+@jit
 def _read_levels(
     state: State,
     data: Bytes,
@@ -312,7 +312,7 @@ def _read_levels(
             _observe(estimates, names[g], 1, fraction[g], shift)
 
 
-@kernel
+@jit
 def _beyond(left: int, kept: int, first: int) -> float:
     """C(left - first, kept) / C(left, kept): the chance that none of the first places is kept."""
     above, below = 1.0, 1.0
@@ -327,19 +327,19 @@ def _beyond(left: int, kept: int, first: int) -> float:
     return above / below
 
 
-@kernel
+@jit
 def _chance(probability: float) -> int:
     chance: int = min(max(int64(probability * _ONE), 1), _ONE - 1)
     return chance
 
 
-@kernel
+@jit
 def _stride(left: int, kept: int) -> int:
     """About as many places as hold the next kept one with even odds; at most all it can lie in."""
     return min(max(1, left * 11 // (16 * kept)), left - kept + 1)
 
 
-@kernel
+@jit
 def _write_positions(state: State, out: Bytes, runs: Runs, places: Positions) -> None:
     for r in range(runs.size):
         run = runs[r]
@@ -374,7 +374,7 @@ def _write_positions(state: State, out: Bytes, runs: Runs, places: Positions) ->
                         stride, none = stride - half, none / none_half
 
 
-@kernel
+@jit
 def _read_positions(state: State, data: Bytes, runs: Runs, places: Positions) -> None:
     for r in range(runs.size):
         run = runs[r]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.compress.jit import int64, kernel
 from swarm.errors import CodecError
+from swarm.jit import int64, jit
 
 SCALE_BITS = 14
 """Frequencies sum to 2^14: at 12 bits the forced least frequency of rare symbols costs up to 1.4%."""
@@ -110,7 +110,7 @@ class Reader:
             raise CodecError(f"the frame has {2 * left} bytes after its last symbol")
 
 
-@kernel
+@jit
 def _write_segment(symbols: Symbols, spans: NDArray[np.uint32], scratch: Words) -> int:
     """Fills `scratch` from its end; returns where the words begin. Coding runs backwards, reading forwards."""
     states = np.full(4, _START, np.int64)
@@ -132,7 +132,7 @@ def _write_segment(symbols: Symbols, spans: NDArray[np.uint32], scratch: Words) 
     return at
 
 
-@kernel
+@jit
 def _read_segment(words: Words, at: int, spans: NDArray[np.uint32], symbol_of: Symbols, symbols: Symbols) -> int:
     """Where the next segment begins, or -1: not enough words, or states that do not end where they started."""
     last = words.size - _PADDING_WORDS

@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from swarm.compress.jit import int64, kernel
 from swarm.ids import seed_from
+from swarm.jit import int64, jit
 
 _MAGNITUDE = 0x7FFF_FFFF
 """Finite IEEE floats without their sign sort as their bits do."""
@@ -52,7 +52,7 @@ def in_chunks(runs: Runs, seeds: Seeds, places: Places, chunk: int) -> None:
     _in_chunks(runs, seeds, places, np.empty(chunk, np.uint16))
 
 
-@kernel
+@jit
 def _count_unfinite(bits: Bits) -> int:
     count = 0
     for index in range(bits.size):
@@ -60,14 +60,14 @@ def _count_unfinite(bits: Bits) -> int:
     return count
 
 
-@kernel
+@jit
 def _mix(state: np.uint64) -> np.uint64:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
 
 
-@kernel
+@jit
 def _below(key: np.uint64, counter: int, limit: int) -> int:
     """One of 0 to limit - 1, limit at most 65536: the upper half of a random word as a fraction."""
     word = _mix(key + np.uint64(counter + 1) * np.uint64(0x9E3779B97F4A7C15))
@@ -75,7 +75,7 @@ def _below(key: np.uint64, counter: int, limit: int) -> int:
     return below
 
 
-@kernel
+@jit
 def _draw(seed: np.uint64, chunk: int, length: int, subset: int, drawn: Places) -> None:
     """Fills drawn[:subset], ascending."""
     key = _mix(seed + np.uint64(chunk + 1) * np.uint64(0xD1342543DE82EF95))
@@ -97,7 +97,7 @@ def _draw(seed: np.uint64, chunk: int, length: int, subset: int, drawn: Places) 
             drawn[stratum - (subset - wrapped)] = place - length
 
 
-@kernel
+@jit
 def _kth(ranks: Bits, size: int, kept: int, spare: Bits, bins: NDArray[np.int32]) -> tuple[int, int]:
     """The smallest rank among the `kept` largest, and how many of those equal to it are kept."""
     bins[:] = 0
@@ -131,7 +131,7 @@ def _kth(ranks: Bits, size: int, kept: int, spare: Bits, bins: NDArray[np.int32]
     return rank, kept - above
 
 
-@kernel
+@jit
 def _largest(bits: Bits, runs: Runs, seeds: Seeds, places: Places, drawn: Places, scratch: Bits) -> None:
     bins = np.empty(_BINS, np.int32)
     ranks, spare = scratch[0], scratch[1]
@@ -164,7 +164,7 @@ def _largest(bits: Bits, runs: Runs, seeds: Seeds, places: Places, drawn: Places
                 ties -= tied
 
 
-@kernel
+@jit
 def _in_chunks(runs: Runs, seeds: Seeds, places: Places, drawn: Places) -> None:
     for r in range(runs.size):
         run = runs[r]

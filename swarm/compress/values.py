@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.compress import ranges, rans
-from swarm.compress.jit import int64, kernel
 from swarm.errors import CodecError
+from swarm.jit import int64, jit
 
 _PER_BYTE = {1: 8, 2: 4, 3: 2}
 """By bits. Two symbols of 4 bits would fit too, but most of the 256 pairs are then too rare for the table."""
@@ -117,7 +117,7 @@ def packed(symbols: Symbols, bits: int) -> Symbols:
     return out
 
 
-@kernel
+@jit
 def _count(symbols: Symbols) -> NDArray[np.int64]:
     # Two counters in turn: equal neighbours would wait for each other.
     counts = np.zeros((2, 256), np.int64)
@@ -127,7 +127,7 @@ def _count(symbols: Symbols) -> NDArray[np.int64]:
     return total
 
 
-@kernel
+@jit
 def _pack(symbols: Symbols, out: Symbols, bits: int, per_byte: int) -> None:
     whole = symbols.size // per_byte
     for index in range(whole):
