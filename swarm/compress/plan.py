@@ -156,13 +156,11 @@ def make_plan(sizes: tuple[int, ...], settings: CodecSettings, steps: tuple[int,
         for rows, length, first_chunk in ((whole, settings.chunk, 0), (int(rest > 0), rest, whole)):
             if not rows:
                 continue
-            counted = counts(length, settings, step) if first_chunk else of_whole
-            if not whole:
-                counted = counts(length, settings, step)
+            counted = counts(length, settings, step)
             coding = position_coding(counted.subset, counted.kept)
             listed = counted.kept < length
             # A shorter last chunk belongs to the last group whatever its row.
-            group = first_group if rows == whole and length == settings.chunk else last_group
+            group = first_group if length == settings.chunk else last_group
             rows_of_run.append(
                 (
                     start,
