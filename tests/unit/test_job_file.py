@@ -25,7 +25,10 @@ def test_the_documented_example_is_valid(tmp_path: Path) -> None:
     text = page.split("```yaml\n")[1].split("```")[0].replace("model: /path/or/hub-id", "#")
     spec = load_job(write(tmp_path, text))
     defaults = JobSpec.model_validate({"name": "sentiment", "data": {"train": "x"}})
-    assert spec.model_copy(update={"data": defaults.data}) == defaults
+    assert spec.eval is not None
+    assert spec.early_stopping is not None
+    optional = {"data": defaults.data, "eval": None, "early_stopping": None}
+    assert spec.model_copy(update=optional) == defaults
 
 
 @pytest.mark.parametrize(
