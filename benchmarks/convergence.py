@@ -106,7 +106,7 @@ def main(
 
 def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The rows of all cells that are done, and the figures of the two that are ours."""
-    baselines = {(c["seed"], c["steps"]): min(c["final"], key=float) for c in _baselines(done)}
+    baselines = {(c["seed"], c["steps"]): min(c["final"]) for c in _baselines(done)}
     rows = [_row(name, kept, baselines) for name, kept in done.items() if not kept["cell"]["ddp"]]
     summary: dict[str, Any] = {
         "rows": rows,

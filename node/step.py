@@ -104,7 +104,7 @@ class _Pass:
             async with asyncio.TaskGroup() as group:
                 for loop in (self._feed(group), self._heads(group), self._settle()):
                     group.create_task(loop)
-        except BaseExceptionGroup as failures:
+        except ExceptionGroup as failures:
             raise first_failure(failures) from failures
         # In the order of the microbatches: a sum of floats depends on it.
         return sum(self._losses), math.sqrt(self._squared_norm)
@@ -168,7 +168,7 @@ class _Pass:
         return await self._compute.run(Priority.TRAIN, piece, rank=rank)
 
 
-def first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_failure(failures: ExceptionGroup[Exception]) -> Exception:
     """The first error of a group that stands for itself: the others are its consequences."""
     first = failures.exceptions[0]
-    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_failure(first) if isinstance(first, ExceptionGroup) else first

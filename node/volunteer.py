@@ -39,6 +39,7 @@ _CONFIRM_S = 2.0
 """How often a node thinks about moving, and how often once it has announced a move."""
 _MEASURE_S = 1.0
 _WRITES_AT_ONCE = 4
+"""Of the record: what may hang before a node waits for the oldest of them."""
 _AGAIN_S = 1.0
 """Between writes of the record that nobody took."""
 _LOOK_AROUND_S = 60.0
@@ -194,7 +195,7 @@ class Volunteer:
     def token_block_s(self) -> float:
         """Seconds a token of a long chunk and a block take here, as measured; 0 before that."""
         status = self._status
-        if status.span is None or status.prefill_tokens_per_s <= 0:
+        if status.prefill_tokens_per_s <= 0:
             return 0.0
         return 1.0 / (status.prefill_tokens_per_s * len(status.span))
 

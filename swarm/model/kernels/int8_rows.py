@@ -5,7 +5,7 @@ becomes integers up to ±`TOP` by its largest magnitude, is summed exactly, and 
 `int8.digits` does with torch's integer product: the two give the same bits, and a row has the same bits in every
 batch. A row with anything that is not finite becomes NaN.
 
-One row of SmolLM2's blocks takes 8 to 10 ms of one core, reading all its bytes once 5.6, torch's own kernel 15 to 18:
+One row of SmolLM2's blocks takes 8 to 12 ms of one core, reading all its bytes once 5.6, torch's own kernel 15 to 18:
 it waits for every line of codes, which here are asked for 4 KiB ahead (docs/experiments.md).
 """
 
