@@ -1,7 +1,7 @@
 """What do narrow weights give, and what do they cost?
 
 Everything on SmolLM2-135M in one process: (1) all linear layers of its 30 blocks, once, at several numbers of
-rows, for float32, float32 that reads ahead, bfloat16, int8 and int4; (2) greedy decoding with the whole
+rows, for float32, float32 with our product for few rows, bfloat16, int8 and int4; (2) greedy decoding with the whole
 model, its linear layers (and in `+head` the LM head) replaced, against the same model in float32; (3) the
 distance to float32: mean KL(float32 || narrow) a token and the ratio of perplexities over movie reviews, in
 chunks of 512 tokens, and once more one token at a time, since kernels differ by rows.
@@ -29,8 +29,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.provenance import Spread, provenance, publish, spread
+from swarm.model.arena import Arena
+from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.quantize import GROUP, SCHEMES, QuantizedLinear, Scheme, plan_of, quantize_weight, replace_linears
-from swarm.model.readahead import read_ahead, try_read_ahead
 from swarm.samples import movie_sentences, smollm2_folder
 
 ROWS = (1, 2, 4, 8, 16, 128, 512)
@@ -54,16 +55,19 @@ def main(
     folder = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    arena = Arena()
+    for parameter in exact.parameters():
+        parameter.data = arena.place(parameter.data)
     text = "\n".join(sample.text for sample in movie_sentences("held_out", 60 * chunks))
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     ids_NT = ids[: chunks * CHUNK].view(chunks, CHUNK)
-    models = {"float32": exact, "ahead": _ahead(exact), "bfloat16": copy.deepcopy(exact).to(torch.bfloat16)}
+    models = {"float32": exact, "few_rows": _few_rows(exact), "bfloat16": copy.deepcopy(exact).to(torch.bfloat16)}
     for scheme in _SCHEMES:
         models[scheme] = narrow(exact, scheme)
         models[f"{scheme}+head"] = _with_head(models[scheme])
-    trial = try_read_ahead(exact)
+    trial = try_few_rows(exact)
     with torch.inference_mode():
-        linear_ms = _time_linears({name: models[name] for name in ("float32", "ahead", "bfloat16", "int8", "int4")})
+        linear_ms = _time_linears({name: models[name] for name in ("float32", "few_rows", "bfloat16", "int8", "int4")})
         decoding = _time_decoding(models, ids_NT[0, :64].unsqueeze(0), tokens, rounds)
         judged = {name: models[name] for name in ("bfloat16", "int8", "int8+head", "int4")}
         quality = _quality(exact, judged, ids_NT)
@@ -76,7 +80,7 @@ def main(
         "int8_head_ratio": decoding["ratio"]["int8+head"].median,
         "int8_kl": quality["int8"]["kl"].median,
         "linear_ms": linear_ms,
-        "read_ahead": None if trial is None else {**vars(trial), "pays": trial.pays},
+        "few_rows": None if trial is None else {**vars(trial), "pays": trial.pays},
         **decoding,
         "quality": quality,
         "quality_one_by_one": one_by_one,
@@ -108,9 +112,9 @@ def _with_head(model: nn.Module) -> nn.Module:
     return model
 
 
-def _ahead(exact: nn.Module) -> nn.Module:
+def _few_rows(exact: nn.Module) -> nn.Module:
     model = _sharing_copy(exact)
-    read_ahead(model)
+    use_few_rows(model)
     return model
 
 

@@ -19,9 +19,6 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 int64: Any = np.int64
 float64: Any = np.float64
@@ -37,19 +34,3 @@ def jit(function: Function, **options: Any) -> Function:
         return cast(Function, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder to keep it in: a read-only installation without a home
         return cast(Function, numba.njit(**options)(function))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(_typing: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of `array[index]`; beyond the array's end it asks for nothing and does no harm."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        at = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(ask, [at, word(0), word(3), word(1)])  # to read, into every cache, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate

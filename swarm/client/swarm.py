@@ -110,7 +110,7 @@ class SwarmClient:
         """Embedding, norm and LM head, loaded on first use."""
         if not hasattr(self, "_head"):
             self._head = Head(self.checkpoint, self._dtype, torch.device("cpu"))
-            self._head.read_ahead()
+            self._head.use_few_rows()
         return self._head
 
     @property

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from swarm.errors import OutOfMemory, UnsupportedModel
+from swarm.model.arena import Arena
 from swarm.model.blocks import assign, copy_without_blocks, whole_of
 from swarm.model.checkpoint import Checkpoint
+from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.names import cook
-from swarm.model.readahead import read_ahead, try_read_ahead
 
 
 class _Turn(nn.Module):
@@ -55,7 +56,8 @@ class Head:
             loaded = cook(checkpoint, whole.model, wanted, dtype, device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the embedding and LM head do not fit on {device}") from error
-        _fill(model, loaded, checkpoint)
+        arena = Arena()
+        _fill(model, {name: arena.place(tensor) for name, tensor in loaded.items()}, checkpoint)
         self._model = model.to(device).eval().requires_grad_(False)
         self._base = base
         self._config = model.config
@@ -145,13 +147,13 @@ class Head:
                 if torch.equal(self.logits(hidden), direct(hidden)):
                     self._plain_head = direct
 
-    def read_ahead(self) -> None:
-        """Let the LM head bring its weights into the cache ahead of multiplying, if a trial shows that it pays."""
+    def use_few_rows(self) -> None:
+        """Let the LM head multiply few rows with our own kernel, if a trial shows that it pays."""
         matrix = self._model.get_output_embeddings()
         if isinstance(matrix, nn.Linear):
-            trial = try_read_ahead(matrix)
+            trial = try_few_rows(matrix)
             if trial is not None and trial.pays:
-                read_ahead(matrix)
+                use_few_rows(matrix)
 
 
 def _fill(model: Any, loaded: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

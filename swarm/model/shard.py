@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -26,13 +27,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from swarm.errors import OutOfMemory, UnsupportedModel
 from swarm.ids import Span
+from swarm.model.arena import Arena
 from swarm.model.blocks import assign, skeleton_of, whole_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.families import OWN_CACHES, Parts, cuts, n_blocks
+from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.head import Head
 from swarm.model.names import cook
 from swarm.model.quantize import QuantizedWeight, Scheme, plan_of, quantize_weight, replace_linears
-from swarm.model.readahead import read_ahead, try_read_ahead
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -86,9 +88,9 @@ class Shard:
         self.parts = Parts.of(checkpoint.config)
         self.narrow: dict[str, QuantizedWeight] = {}
         """Quantized weights by the local path of their linear layer; they are not in `frozen`."""
-        self.reads_ahead = False
+        self._few_rows = False
         self.frozen = self._load()
-        self.reads_ahead = scheme == "none" and self._try_read_ahead()
+        self._few_rows = scheme == "none" and self._try_few_rows()
 
     def _load(self) -> FrozenTensors:
         whole = whole_of(self.checkpoint, self.dtype)
@@ -102,7 +104,7 @@ class Shard:
         self.checkpoint.source.ensure({name for recipe in wanted for name, _ in recipe.sources})
         layers, start = self.parts.layers + ".", len(whole.layers)
         narrowed = set(plan_of(skeleton, self.scheme).narrowed)
-        frozen = {}
+        frozen, arena = {}, Arena()
         # Block by block, so that no more than one block is here unquantized.
         for index in range(self.span.start, self.span.end):
             try:
@@ -120,9 +122,11 @@ class Shard:
                 local = f"{layers}{index - self.span.start}.{rest}"
                 path = local.removesuffix(".weight")
                 if path in narrowed and path != local:
-                    self.narrow[path] = quantize_weight(tensor, self.scheme)
+                    narrow = quantize_weight(tensor, self.scheme)
+                    codes, scales = arena.place(narrow.codes), arena.place(narrow.scales)
+                    self.narrow[path] = replace(narrow, codes=codes, scales=scales)
                 else:
-                    frozen[local] = tensor
+                    frozen[local] = arena.place(tensor)
         here = {*frozen, *(f"{path}.weight" for path in self.narrow)}
         missing = [name for name, _ in skeleton.named_parameters() if name not in here]
         if missing:
@@ -136,15 +140,15 @@ class Shard:
         narrow = sum(weight.nbytes for weight in self.narrow.values())
         return narrow + sum(tensor.nbytes for tensor in self.frozen.values())
 
-    def _try_read_ahead(self) -> bool:
-        trial = try_read_ahead(self.view().model)
+    def _try_few_rows(self) -> bool:
+        trial = try_few_rows(self.view().model)
         if trial is not None:
             log.info(
-                "read_ahead",
+                "few_rows",
                 pays=trial.pays,
-                exact=trial.exact,
+                error=trial.error,
                 plain_ms=round(1e3 * trial.plain_s, 2),
-                ahead_ms=round(1e3 * trial.ahead_s, 2),
+                few_rows_ms=round(1e3 * trial.few_rows_s, 2),
             )
         return trial is not None and trial.pays
 
@@ -155,8 +159,8 @@ class Shard:
         assign(model, self._part(self.frozen, span))
         replace_linears(model, self._part(self.narrow, span), self.dtype)
         model.to(self.device)  # buffers such as rotary frequencies; the shared tensors are there already
-        if self.reads_ahead:
-            read_ahead(model)
+        if self._few_rows:
+            use_few_rows(model)
         return View(model, span, self.parts, self.checkpoint.config)
 
     def _part(self, tensors: Mapping[str, T], span: Span) -> dict[str, T]:

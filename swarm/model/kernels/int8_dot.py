@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from swarm.model.kernels.emit import call, element, has_feature, i8, i16, i32, i64, load, prefetch
 
 _WIDE = 16
 """Values a vector of 256 bits holds."""
@@ -25,34 +27,22 @@ _TURN = 2 * _WIDE
 _BLOCK = 8192
 """A pair of products is at most 2 * 128 * 127 * 256, of which 258 fit a 32-bit sum; a block adds 256 to each."""
 
-_i8, _i16, _i32, _i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _PAIRS = _WIDE // 2
-
-
-def _widened(builder: ir.IRBuilder, pointer: Any, index: Any, width: Any, kind: Any) -> Any:
-    """Load a vector of `width` elements at pointer[index], sign-extended to `kind` elements."""
-    at = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(width, _WIDE).as_pointer())
-    return builder.sext(builder.load(at, align=1), ir.VectorType(kind, _WIDE))
-
-
-def _call(builder: ir.IRBuilder, name: str, result: Any, *arguments: Any) -> Any:
-    """One of LLVM's own functions."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    known = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(known, arguments)
+_AHEAD = 4096
+"""Codes, and so bytes, between the line that is multiplied and the one that is asked for."""
 
 
 def _pair_sums(builder: ir.IRBuilder, values: Any, codes: Any) -> Any:
     """[16 x i16] times [16 x i16], neighbours added: [8 x i32]."""
-    if binding.get_host_cpu_features().get("avx2", False):
-        return _call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_i32, _PAIRS), values, codes)
-    wide = ir.VectorType(_i32, _WIDE)
+    if has_feature("avx2"):
+        return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(i32, _PAIRS), values, codes)
+    wide = ir.VectorType(i32, _WIDE)
     products = builder.mul(builder.sext(values, wide), builder.sext(codes, wide))
     parts = [
         builder.shuffle_vector(
             products,
             ir.Constant(wide, ir.Undefined),
-            ir.Constant(ir.VectorType(_i32, _PAIRS), list(range(odd, _WIDE, 2))),
+            ir.Constant(ir.VectorType(i32, _PAIRS), list(range(odd, _WIDE, 2))),
         )
         for odd in (0, 1)
     ]
@@ -61,22 +51,22 @@ def _pair_sums(builder: ir.IRBuilder, values: Any, codes: Any) -> Any:
 
 def _total(builder: ir.IRBuilder, sums: list[Any]) -> Any:
     """One i64 of vectors of i32."""
-    wide = ir.VectorType(_i64, _PAIRS)
+    wide = ir.VectorType(i64, _PAIRS)
     total = None
     for one in sums:
         extended = builder.sext(one, wide)
         total = extended if total is None else builder.add(total, extended)
-    return _call(builder, f"llvm.vector.reduce.add.v{_PAIRS}i64", _i64, total)
+    return call(builder, f"llvm.vector.reduce.add.v{_PAIRS}i64", i64, total)
 
 
 def _make(rows: int) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         values_array, first, codes_array, start, count = arguments
-        values = builder.gep(context.make_array(signature.args[0])(context, builder, values_array).data, [first])
-        codes = builder.gep(context.make_array(signature.args[2])(context, builder, codes_array).data, [start])
-        zeros = ir.Constant(ir.VectorType(_i32, _PAIRS), [0] * _PAIRS)
+        values = element(context, builder, signature.args[0], values_array, first)
+        codes = element(context, builder, signature.args[2], codes_array, start)
+        zeros = ir.Constant(ir.VectorType(i32, _PAIRS), [0] * _PAIRS)
         word = count.type
-        totals = [cgutils.alloca_once_value(builder, ir.Constant(_i64, 0)) for _ in range(rows)]
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(i64, 0)) for _ in range(rows)]
         row_values = [builder.gep(values, [builder.mul(count, ir.Constant(word, row))]) for row in range(rows)]
         whole = builder.and_(count, ir.Constant(word, -_TURN))
 
@@ -101,14 +91,12 @@ def _make(rows: int) -> Any:
                     phi.add_incoming(zeros, before)
                     sums.append(phi)
             grown: list[Any] = [None] * len(sums)
+            prefetch(builder, codes, builder.add(at, ir.Constant(word, _AHEAD)))
             for half in range(2):
                 index = builder.add(at, ir.Constant(word, half * _WIDE))
-                wide = _widened(builder, codes, index, _i8, _i16)
+                wide = builder.sext(load(builder, codes, index, i8, _WIDE, align=1), ir.VectorType(i16, _WIDE))
                 for row in range(rows):
-                    place = builder.bitcast(
-                        builder.gep(row_values[row], [index]), ir.VectorType(_i16, _WIDE).as_pointer()
-                    )
-                    products = _pair_sums(builder, builder.load(place, align=2), wide)
+                    products = _pair_sums(builder, load(builder, row_values[row], index, i16, _WIDE, align=2), wide)
                     grown[2 * row + half] = builder.add(sums[2 * row + half], products)
             following = builder.add(at, ir.Constant(word, _TURN))
             at.add_incoming(following, loop)
@@ -121,9 +109,9 @@ def _make(rows: int) -> Any:
                 builder.store(total, totals[row])
 
         with cgutils.for_range_slice(builder, whole, count, ir.Constant(word, 1), intp=word) as (at, _):
-            code = builder.sext(builder.load(builder.gep(codes, [at])), _i64)
+            code = builder.sext(builder.load(builder.gep(codes, [at])), i64)
             for row in range(rows):
-                value = builder.sext(builder.load(builder.gep(row_values[row], [at])), _i64)
+                value = builder.sext(builder.load(builder.gep(row_values[row], [at])), i64)
                 builder.store(builder.add(builder.load(totals[row]), builder.mul(value, code)), totals[row])
         return context.make_tuple(builder, signature.return_type, [builder.load(total) for total in totals])
 

@@ -11,26 +11,19 @@ it waits for every line of codes, which here are asked for 4 KiB ahead (docs/exp
 
 from __future__ import annotations
 
-import threading
-
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from swarm.jit import jit, prefetch
+from swarm.jit import jit
 from swarm.model.kernels.int8 import TINY, TOP
 from swarm.model.kernels.int8_dot import dot1, dot4
+from swarm.model.kernels.threads import in_parts, threads_of_torch
 
-_AHEAD = 4096
-_LINE = 64
 _NOT_FINITE = 0x7F800000
 _THREADS_FROM = 2**22
 """Codes. A smaller weight is done (0.2 ms) before another thread is awake (0.1 ms) and has paid for itself."""
-
-numba.config.THREADING_LAYER = "workqueue"  # its threads sleep while there is nothing to do
-_one_at_a_time = threading.Lock()
-"""numba's work queue takes work from one thread only."""
 
 _i32, _f32, _f64 = np.int32, np.float32, np.float64
 
@@ -48,13 +41,11 @@ class FewRows:
         """[M, I] float32, contiguous and on the CPU, to [M, O] float32."""
         output_MO = torch.empty(input_MI.shape[0], self._codes_OI.shape[0])
         arrays = (input_MI.detach().numpy(), self._codes_OI, self._scales_O, output_MO.numpy())
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if self._splits else 1
+        threads = threads_of_torch() if self._splits else 1
         if threads == 1:
             _product(*arrays)
         else:
-            with _one_at_a_time:
-                numba.set_num_threads(threads)
-                _product_in_parts(*arrays, threads)
+            in_parts(_product_in_parts, arrays, threads)
         return output_MO
 
 
@@ -97,8 +88,6 @@ def _multiply(
     bits = np.empty(1, np.int32)
     as_float = bits.view(np.float32)
     for o in range(first, last):
-        for line in range(o * inputs, (o + 1) * inputs, _LINE):
-            prefetch(codes, line + _AHEAD)
         bits[0] = _i32(scales_O[o]) << 16  # a bfloat16 is the upper half of a float32
         scale = _f64(as_float[0])
         m = 0
@@ -127,7 +116,7 @@ def _product(
     _multiply(values_MI, unit_M, codes_OI, scales_O, out_MO, 0, codes_OI.shape[0])
 
 
-def _in_parts(
+def _split(
     input_MI: NDArray[np.float32],
     codes_OI: NDArray[np.int8],
     scales_O: NDArray[np.int16],
@@ -142,4 +131,4 @@ def _in_parts(
         _multiply(values_MI, unit_M, codes_OI, scales_O, out_MO, first, last)
 
 
-_product_in_parts = jit(_in_parts, parallel=True)
+_product_in_parts = jit(_split, parallel=True)
