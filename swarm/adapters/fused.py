@@ -55,7 +55,7 @@ def fuse(model: nn.Module, adapter: str) -> None:
     """Let the LoRA layers of `adapter` run fused where they can. Its parameters must be float32."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
-        # Subclasses that only read ahead for few rows multiply by the same weight.
+        # Subclasses that only multiply few rows another way have the same weight.
         if not isinstance(base, nn.Linear) or "weight" not in base._parameters or base.weight.dtype != torch.float32:
             continue
         if adapter in getattr(module, "lora_A", {}) and not module.lora_variant:

@@ -21,6 +21,7 @@ from swarm.model.blocks import assign, copy_without_blocks, whole_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.names import cook
+from swarm.model.norms import use_norm_rows
 
 
 class _Turn(nn.Module):
@@ -148,12 +149,13 @@ class Head:
                     self._plain_head = direct
 
     def use_few_rows(self) -> None:
-        """Let the LM head multiply few rows with our own kernel, if a trial shows that it pays."""
+        """Let norm and LM head take our own kernels for few rows, if a trial shows that it pays."""
         matrix = self._model.get_output_embeddings()
         if isinstance(matrix, nn.Linear):
             trial = try_few_rows(matrix)
             if trial is not None and trial.pays:
                 use_few_rows(matrix)
+                use_norm_rows(self._model)
 
 
 def _fill(model: Any, loaded: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

@@ -34,6 +34,7 @@ from swarm.model.families import OWN_CACHES, Parts, cuts, n_blocks
 from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.head import Head
 from swarm.model.names import cook
+from swarm.model.norms import use_norm_rows
 from swarm.model.quantize import QuantizedWeight, Scheme, plan_of, quantize_weight, replace_linears
 
 T = TypeVar("T")
@@ -161,6 +162,8 @@ class Shard:
         model.to(self.device)  # buffers such as rotary frequencies; the shared tensors are there already
         if self._few_rows:
             use_few_rows(model)
+        if self._few_rows or self.narrow:
+            use_norm_rows(model)
         return View(model, span, self.parts, self.checkpoint.config)
 
     def _part(self, tensors: Mapping[str, T], span: Span) -> dict[str, T]:
