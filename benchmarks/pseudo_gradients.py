@@ -40,23 +40,12 @@ def made(distribution: str, seed: int = 0) -> Tensors:
 
 
 def real(steps: int, threads: int) -> Tensors:
-    """What `steps` inner steps of batch 8 change in freshly made adapters of the whole model."""
+    """What `steps` inner steps of a pipeline change in freshly made adapters of the whole model."""
     import torch
 
-    from benchmarks.rounds import Scale, Simulation
-    from node.memory import Ledger
-    from node.serving import NodeModel
-    from swarm.ids import Span
-    from swarm.model.checkpoint import Checkpoint
-    from swarm.model.shard import Head, n_blocks
-    from swarm.samples import smollm2_folder
+    from benchmarks.convergence_run import Cell, Run, World
 
-    torch.set_num_threads(threads)
-    checkpoint = Checkpoint.open(str(smollm2_folder()))
-    cpu, whole = torch.device("cpu"), Span(0, n_blocks(checkpoint.config))
-    model = NodeModel(checkpoint, whole, torch.float32, cpu, Ledger(2**62))
-    scale = Scale(pipelines=1, inner_steps=steps, rounds=1, held_out=2)
-    return Simulation(model, Head(checkpoint, torch.float32, cpu), scale, "one-bit").delta()
+    return Run(World(threads, torch.float32), Cell("real", inner_steps=steps, lr=1e-3)).delta(0, 1)
 
 
 def _draw(rng: np.random.Generator, distribution: str, shape: tuple[int, int]) -> NDArray[np.float64]:
