@@ -428,7 +428,7 @@ async def run_job(
     try:
         async with asyncio.TaskGroup() as group:
             halted = group.create_task(coordinator.halted())
-            status = await _finish_job(coordinator.service, spec, acknowledged, owner, slow_lead, dead, spans)
+            status = await finish_job(coordinator.service, spec, acknowledged, owner, slow_lead, dead, spans)
             halted.cancel()
     except* SyncFailed as stopped:
         raise SyncFailed(str(stopped.exceptions[0])) from stopped
@@ -437,7 +437,7 @@ async def run_job(
     return status
 
 
-async def _finish_job(
+async def finish_job(
     service: CoordinatorService,
     spec: str,
     acknowledged: Callable[[pb.Receipt], None],
@@ -446,6 +446,7 @@ async def _finish_job(
     dead: str,
     spans: Sequence[tuple[str, Span]],
 ) -> pb.JobStatus:
+    """What `run_job` does between opening and closing."""
     nodes = [SimNode(service, name, span, acknowledged) for name, span in spans]
     for node in nodes:
         node.owner_interferes, node.slow_lead, node.blames = owner is not None or bool(dead), slow_lead, dead

@@ -422,25 +422,6 @@ async def test_a_folder_belongs_to_one_model(tmp_path: Path) -> None:
         await Coordinator.open(tmp_path, other, identity(), CoordinatorSettings(), ManualClock())
 
 
-async def test_a_damaged_outer_state_is_made_again(tmp_path: Path) -> None:
-    finals = []
-    for damage in (False, True):
-        folder = tmp_path / str(damage)
-        async with opened(folder) as swarm:
-            await swarm.join(*ONE_PIPELINE)
-            job_id = (await submit(swarm.service, "me", job_spec(schedule=ONE))).job_id
-            await swarm.round("a", "b")
-            await swarm.until(lambda: swarm.driver.state.round == 2)
-            outcome = swarm.coordinator._shared.storage.outcome(job_id, 1)
-            assert outcome is not None
-            if damage:
-                path = folder / "blobs" / "whole" / outcome.state_blob.hex()
-                path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-            await swarm.round("a", "b")
-            finals.append(swarm.driver.published[2].params_hash)
-    assert finals[0] == finals[1]
-
-
 async def test_old_rounds_make_room(tmp_path: Path) -> None:
     async with opened(tmp_path, kept_rounds=1, blob_grace_s=1.0) as swarm:
         await swarm.join(*ONE_PIPELINE)
