@@ -2,7 +2,7 @@
 
     jobs/<job id>/state.safetensors     after each settled round
     jobs/<job id>/previous.safetensors  the same, one round earlier
-    jobs/<job id>/pending.safetensors   the residual that holds if the contribution on its way counts
+    jobs/<job id>/pending.safetensors   residual and moments that hold if the contribution on its way counts
     jobs/<job id>/pending.bin           that contribution
 
 A file is replaced whole (write aside, fsync, rename), so a kill leaves the old or the new one. Each
@@ -58,6 +58,8 @@ class PendingContribution:
     """Serialized ContributeRequest."""
     payload: bytes
     residual: Parameters
+    moments: Parameters
+    steps: int
 
 
 class JobFolder:
@@ -101,15 +103,17 @@ class JobFolder:
             base_hash=bytes.fromhex(str(facts["base_hash"])),
             reference=_under(arrays, "p/"),
             residual=_under(arrays, "e/"),
-            moments={key: value for key, value in arrays.items() if key.startswith(("m/", "v/"))},
+            moments=_moments(arrays),
             steps=int(facts["steps"]),
             lineage=int(facts.get("lineage", 0)),
         )
 
     def save_pending(self, pending: PendingContribution) -> None:
         self._write(self._payload, pending.payload)
-        facts = {"round": pending.round, "request": pending.request.hex()}
-        self._write(self._pending, _dump({f"e/{k}": v for k, v in pending.residual.items()}, facts))
+        facts = {"round": pending.round, "request": pending.request.hex(), "steps": pending.steps}
+        arrays: Parameters = dict(pending.moments)
+        arrays |= {f"e/{key}": value for key, value in pending.residual.items()}
+        self._write(self._pending, _dump(arrays, facts))
 
     def load_pending(self) -> PendingContribution | None:
         loaded = _load(self._pending)
@@ -121,6 +125,8 @@ class JobFolder:
             request=bytes.fromhex(str(facts["request"])),
             payload=self._payload.read_bytes(),
             residual=_under(arrays, "e/"),
+            moments=_moments(arrays),
+            steps=int(facts["steps"]),
         )
 
     def clear_pending(self) -> None:
@@ -177,6 +183,10 @@ def _load(path: Path) -> tuple[Parameters, dict[str, int | str]] | None:
         return tensors, json.loads(text)
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
+
+
+def _moments(arrays: Parameters) -> Parameters:
+    return {key: value for key, value in arrays.items() if key.startswith(("m/", "v/"))}
 
 
 def _under(arrays: Parameters, prefix: str) -> Parameters:

@@ -27,10 +27,12 @@ def test_state_and_pending_round_trip(tmp_path: Path) -> None:
     assert {key: value.tobytes() for key, value in state.moments.items()} == {
         key: value.tobytes() for key, value in moments.items()
     }
-    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(5)}))
+    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(5)}, moments, 21))
     pending = folder.load_pending()
     assert pending is not None
     assert (pending.round, pending.request, pending.payload) == (4, b"request", b"payload")
+    assert np.array_equal(pending.residual["0/a"], array(5))
+    assert (pending.moments.keys(), pending.steps) == (moments.keys(), 21)
     folder.clear_pending()
     assert folder.load_pending() is None
     folder.remove()
@@ -82,7 +84,7 @@ def test_a_flipped_bit_is_noticed_and_the_state_before_is_loaded(tmp_path: Path,
 def test_a_pending_contribution_with_a_flipped_bit_is_dropped(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     folder = JobFolder(tmp_path, "job1")
-    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(seed)}))
+    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(seed)}, {}, 0))
     path = tmp_path / "jobs" / "job1" / "pending.safetensors"
     whole = path.read_bytes()
     for _ in range(50):
