@@ -26,6 +26,7 @@ _HASH_BYTES = 32
 _READ_BYTES = 1024 * 1024
 _STRIPES = 64
 _TEMPORARY = ".tmp"
+_CHECK_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Blobs:
         # One lock for several blobs: bounded, and two different blobs rarely meet.
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
         self._used: dict[str, float] = {}
+        self._checked: dict[str, float] = {}
+        """When a blob's content was last compared with its name."""
         with _disk("open the blob folder"):
             for folder in (self._whole, self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -139,16 +142,28 @@ class Blobs:
             path = self._whole / name
             data = path.read_bytes()
             if hashlib.sha256(data).digest() != sha256:
-                path.unlink()
-                raise CorruptData(f"blob {name[:12]} on disk does not have the hash it is named by")
+                self._remove_damaged(path)
             return data
 
     def read_piece(self, sha256: bytes, offset: int, length: int) -> bytes:
-        """At most `length` bytes from `offset`; the reader checks the whole."""
+        """At most `length` bytes from `offset`, of a blob whose hash was right ten minutes ago at most.
+
+        The reader checks the whole. Raises StorageError: absent; CorruptData: damaged, now removed.
+        """
         name = self._name(sha256)
-        with self._locked(name), _disk(f"read blob {name[:12]}"), open(self._whole / name, "rb") as file:
-            file.seek(min(offset, self._bounds.max_blob_bytes))
-            return file.read(length)
+        with self._locked(name), _disk(f"read blob {name[:12]}"):
+            path, checked_s = self._whole / name, self._checked.get(name)
+            if checked_s is None or self._now() - checked_s > _CHECK_S:
+                if _hash_file(path) != sha256:
+                    self._remove_damaged(path)
+                self._checked[name] = self._now()
+            with open(path, "rb") as file:
+                file.seek(min(offset, self._bounds.max_blob_bytes))
+                return file.read(length)
+
+    def _remove_damaged(self, path: Path) -> None:
+        path.unlink()
+        raise CorruptData(f"blob {path.name[:12]} on disk does not have the hash it is named by")
 
     def collect(self, referenced: Collection[bytes]) -> int:
         """Remove what is neither referenced nor recently used; returns how many files."""
@@ -163,6 +178,7 @@ class Blobs:
                 if name not in kept and idle_s >= self._bounds.grace_s and (folder / name).exists():
                     (folder / name).unlink()
                     self._used.pop(name, None)
+                    self._checked.pop(name, None)
                     removed += 1
         return removed
 

@@ -235,6 +235,17 @@ class Jobs:
         for driver in self._drivers.values():
             driver.node_lost(peer, reason)
 
+    async def remake(self, blob: bytes) -> bool:
+        """Make a damaged blob of a kept round again; False: it is none. Raises StorageError, CorruptData."""
+        for driver in self._drivers.values():
+            for round, outcome in list(driver.published.items()):
+                made = (outcome.state_blob, outcome.update_blob, outcome.snapshot_blob)
+                if blob in (*made, *(file.sha256 for file in outcome.files)):
+                    log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
+                    await asyncio.to_thread(driver.results.remake, self._shared.storage, round)
+                    return True
+        return False
+
     async def collect(self) -> None:
         """Remove unreferenced blobs. A disk that refuses loses nothing but room, and is logged."""
         shared = self._shared

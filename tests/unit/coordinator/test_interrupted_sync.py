@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from coordinator_sim import SimNode, TinyAdapters, job_spec, submit
+from coordinator_sim import SimNode, TinyAdapters, download, job_spec, submit
 from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
 from coordinator.aggregate import average, initial_round, outer_round, pipeline_weights
@@ -219,6 +219,38 @@ async def test_an_outer_state_with_a_flipped_bit(tmp_path: Path, seed: int) -> N
                 finals.append(await last_round(swarm, after + 1))
         assert path.read_bytes() == whole
     assert finals[0] == finals[1]
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "update", "adapter", "state"])
+async def test_a_published_file_with_a_flipped_bit(tmp_path: Path, kind: str, seed: int) -> None:
+    """13: found when a node asks for it, made again, and sent. A seed varies the bit, the round, and whether the
+    coordinator starts again before or the file is looked at again after ten minutes."""
+    chance = random.Random(f"{seed} {kind}")
+    async with opened(tmp_path) as swarm:
+        await swarm.join(*ONE_PIPELINE)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"seed": seed}))
+        number = chance.randint(1, 3)
+        for _ in range(number):
+            await swarm.round("a", "b")
+        await swarm.until(lambda: swarm.driver.committed_round == number)
+        outcome = swarm.driver.published[number]
+        digest = {
+            "snapshot": outcome.snapshot_blob,
+            "update": outcome.update_blob,
+            "adapter": outcome.files[-1].sha256,
+            "state": outcome.state_blob,
+        }[kind]
+        path = tmp_path / "blobs" / "whole" / digest.hex()
+        whole = path.read_bytes()
+        bit = chance.randrange(8 * len(whole))
+        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        if seed % 2 == 0:
+            swarm.clock.advance(601.0)
+            assert await download(swarm.service, "me", digest, len(whole)) == whole
+    if seed % 2:
+        async with opened(tmp_path) as swarm:
+            assert await download(swarm.service, "me", digest, len(whole)) == whole
+    assert path.read_bytes() == whole
 
 
 async def last_round(swarm: Swarm, number: int) -> bytes:
