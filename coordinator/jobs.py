@@ -207,7 +207,11 @@ class Jobs:
             for peer in driver.state.busy_peers()
         }
         now_s, model = self._shared.clock.monotonic(), self._shared.model
-        idle = [node for node in self._nodes.all() if node.record.peer not in busy and node.record.peer not in without]
+        idle = [
+            node
+            for node in self._nodes.all()
+            if node.record.peer not in busy and node.record.peer not in without and not node.doubted
+        ]
         placement = form_pipelines(
             (Member(node.record.peer, node.record.span) for node in idle),
             model.n_blocks,
@@ -230,6 +234,10 @@ class Jobs:
         for driver in self._drivers.values():
             if driver.job.job_id != job_id:
                 driver.nodes_changed()
+
+    def doubt(self, peer: str) -> None:
+        """As a driver says it: no pipeline is formed with the node before it calls again."""
+        self._nodes.doubt(peer)
 
     def node_lost(self, peer: str, reason: str) -> None:
         for driver in self._drivers.values():

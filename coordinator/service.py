@@ -317,6 +317,8 @@ class CoordinatorService:
     @asynccontextmanager
     async def _heard(self, caller: str, wait_s: float = 0.0) -> AsyncIterator[None]:
         """The caller is there while its call goes on, at most `wait_s`, and when it ends."""
+        if self._nodes.called(caller):
+            self._jobs.nodes_changed()
         self._nodes.heard(caller, self._now(), wait_s)
         try:
             yield
