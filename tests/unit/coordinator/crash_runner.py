@@ -21,8 +21,9 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ JOBS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 FIRST = "before commit PipelinesFormed + JobChanged"
 LAST = "after commit RoundOpened + PipelinesFormed + JobChanged"
+_MOST_AT_ONCE = 4
 
 
 class Strike:
@@ -183,6 +185,26 @@ def finish(folder: Path, case: Case) -> dict[str, Any]:
     return result
 
 
+def side_by_side(root: Path, works: Sequence[Callable[[], dict[str, Any]]]) -> None:
+    """Print what each of `works` returns, in their order; as many processes as there are cores do them."""
+    processes = min(len(os.sched_getaffinity(0)), _MOST_AT_ONCE)
+
+    def share(first: int) -> None:
+        lines = [json.dumps(work()) for work in works[first::processes]]
+        (root / f"share-{first}").write_text("\n".join(lines))
+
+    children = []
+    for first in range(processes):
+        child = os.fork()
+        if child == 0:
+            os._exit(in_child(lambda first=first: share(first)))
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * processes
+    shares = [(root / f"share-{first}").read_text().splitlines() for first in range(processes)]
+    for number in range(len(works)):
+        print(shares[number % processes][number // processes], flush=True)
+
+
 def by_name(root: Path, case: Case, reference: str) -> None:
     """One run for each kind of commit that the job makes, killed at one of them; before them the `reference` job's."""
     chance = random.Random(case.seed)
@@ -191,12 +213,16 @@ def by_name(root: Path, case: Case, reference: str) -> None:
     print(json.dumps(finish(straight, Case(reference, case.seed))), flush=True)
     free.mkdir()
     names = finish(free, case)["names"]
-    for name in sorted({name for name in names if "commit " in name}):
-        nth = chance.randint(1, names.count(name)) if case.seed else 1
+
+    def one(name: str, nth: int) -> dict[str, Any]:
         folder = root / f"killed-{name.replace(' ', '-')}"
         folder.mkdir()
-        lives = [in_child(lambda folder=folder, name=name, nth=nth: run(folder, case, name, nth))]
-        print(json.dumps({"name": f"{name}, time {nth}", "lives": lives} | finish(folder, case)), flush=True)
+        lives = [in_child(lambda: run(folder, case, name, nth))]
+        return {"name": f"{name}, time {nth}", "lives": lives} | finish(folder, case)
+
+    commits = sorted({name for name in names if "commit " in name})
+    times = [chance.randint(1, names.count(name)) if case.seed else 1 for name in commits]
+    side_by_side(root, [partial(one, name, nth) for name, nth in zip(commits, times, strict=True)])
 
 
 def at_every_write(root: Path, case: Case, strike: Callable[[], None], recovery: bool) -> None:
@@ -207,17 +233,19 @@ def at_every_write(root: Path, case: Case, strike: Callable[[], None], recovery:
     fault_free = finish(free, case)
     names = fault_free["names"]
     print(json.dumps(fault_free), flush=True)
-    for at in range(names.index(FIRST) + 1, names.index(LAST) + 2):
-        if strike is fail_every_fsync and "before" not in names[at - 1]:
-            continue
+
+    def one(at: int, again: int) -> dict[str, Any]:
         folder = root / f"killed-{at}"
         folder.mkdir()
-        lives = [in_child(lambda folder=folder, at=at: run(folder, case, at, strike=strike))]
+        lives = [in_child(lambda: run(folder, case, at, strike=strike))]
         if recovery and (at + case.seed) % 3 == 0:
             # And again a few writes into the recovery, at another distance each time.
-            again = chance.randint(1, 20)
-            lives.append(in_child(lambda folder=folder, again=again: run(folder, case, again)))
-        print(json.dumps({"at": at, "name": names[at - 1], "lives": lives} | finish(folder, case)), flush=True)
+            lives.append(in_child(lambda: run(folder, case, again)))
+        return {"at": at, "name": names[at - 1], "lives": lives} | finish(folder, case)
+
+    every = range(names.index(FIRST) + 1, names.index(LAST) + 2)
+    points = [at for at in every if strike is die or "before" in names[at - 1]]
+    side_by_side(root, [partial(one, at, chance.randint(1, 20)) for at in points])
 
 
 def load_codec() -> None:
