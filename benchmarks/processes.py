@@ -126,10 +126,10 @@ def start_swarm(
     return join, nodes
 
 
-def start_coordinator(stack: ExitStack, root: Path, join: str) -> tuple[str, Side]:
-    """`swarm coordinator start`; returns the join string that names it, and its process."""
+def start_coordinator(stack: ExitStack, root: Path, join: str) -> str:
+    """`swarm coordinator start`; returns the join string that names it."""
     coordinator = _start(stack, root, "coordinator", "coordinator", "start", "--join", join, "--port", "0")
-    return str(coordinator.hear()["join"]), coordinator
+    return str(coordinator.hear()["join"])
 
 
 def start_node(

@@ -139,12 +139,10 @@ def _run(root: Path, rounds: int, disturbance: Disturbance | None) -> Run:
     (root / "job.yaml").write_text(_JOB % rounds)
     with ExitStack() as stack:
         join, _ = start_swarm(stack, root, smollm2_folder(), (), 1)
-        join, coordinator = start_coordinator(stack, root, join)
+        join = start_coordinator(stack, root, join)
         nodes = _Nodes(stack, root, join)
         nodes.start_all()
         seconds = uvloop.run(_job(root, join, nodes, disturbance))
-        nodes.stop()
-        coordinator.stop()
     errors, warnings = _complaints(root)
     return Run(
         root / "adapter",
@@ -195,10 +193,6 @@ class _Nodes:
         name = chance.choice(sorted(self._up))
         self.kill(name)
         return f"killed {name}"
-
-    def stop(self) -> None:
-        for node in self._up.values():
-            node.stop()
 
 
 async def _job(root: Path, join: str, nodes: _Nodes, disturbance: Disturbance | None) -> float:
