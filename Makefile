@@ -1,7 +1,8 @@
 # make demo   set up, then the whole main job on a real model (at most 6 minutes on 2 cores)
 # make test   set up, then lint, types, contracts and every test
 # make setup  only set up
-# make faults, make soak-serving   long runs: nodes killed and frozen; half an hour of load
+# make faults                      every crash test on 20 seeds, then nodes killed and frozen under sessions
+# make soak-serving, soak-training long runs: half an hour of load; a job whose nodes are killed and started
 # make stubs  regenerate swarm/wire/v1 from proto/        make lock  regenerate requirements.lock
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint stubs check-stubs lock soak-serving faults
+.PHONY: demo test setup lint stubs check-stubs lock soak-serving soak-training faults
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -24,8 +25,15 @@ test: $(STAMP) lint
 soak-serving: $(STAMP)
 	$(PY) -m benchmarks.load --seconds 1800 --name soak_serving --save --json -
 
-# Twenty kills and twenty freezes of nodes under running sessions. Keeps benchmarks/results/failover.json.
+# A job of six nodes, one killed or started every 20 s for 10 minutes, against one left alone (20 minutes in
+# all). Keeps benchmarks/results/soak_training.json.
+soak-training: $(STAMP)
+	$(PY) -m benchmarks.soak_training --save --json -
+
+# Crash tests on 20 seeds; then twenty kills and twenty freezes of nodes under running sessions, which keeps
+# benchmarks/results/failover.json.
 faults: $(STAMP)
+	$(PY) -m pytest tests -m faults --seeds 20
 	$(PY) -m benchmarks.failover --trials 20 --save --json -
 
 lint: $(STAMP) check-stubs

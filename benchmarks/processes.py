@@ -126,17 +126,34 @@ def start_swarm(
     return join, nodes
 
 
+def start_coordinator(stack: ExitStack, root: Path, join: str) -> str:
+    """`swarm coordinator start`; returns the join string that names it."""
+    coordinator = _start(stack, root, "coordinator", "coordinator", "start", "--join", join, "--port", "0")
+    return str(coordinator.hear()["join"])
+
+
 def start_node(
-    stack: ExitStack, root: Path, name: str, join: str, span: str, threads: int, options: Sequence[str] = ()
+    stack: ExitStack,
+    root: Path,
+    name: str,
+    join: str,
+    span: str,
+    threads: int,
+    options: Sequence[str] = (),
+    data: str = "",
 ) -> Side:
-    """A node that is not waited for: `hear` its first line. Later `options` win."""
+    """A node that is not waited for: `hear` its first line. Later `options` win.
+
+    `data` names its data folder, for a node that comes back under another log; empty: as `name`.
+    """
     usual = ("--join", join, "--blocks", span, "--threads", str(threads))
     dtype = () if "--dtype" in options else ("--dtype", "float32")
-    return _start(stack, root, name, "node", "start", *usual, *dtype, *options)
+    return _start(stack, root, name, "node", "start", *usual, *dtype, *options, data=data)
 
 
-def _start(stack: ExitStack, root: Path, name: str, *command: str) -> Side:
-    return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", str(root / name)], root, {})
+def _start(stack: ExitStack, root: Path, name: str, *command: str, data: str = "") -> Side:
+    folder = str(root / (data or name))
+    return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", folder], root, {})
 
 
 async def answer(handle: Callable[[Json], Awaitable[Json]], **ready: object) -> None:

@@ -2,7 +2,8 @@
 
 In: a data folder, the base model's facts, an identity, bounds and a clock. Out: `service`, ready
 to be called. Opening recovers every job from the folder; closing finishes the step under way. A
-process that dies instead loses nothing that was acknowledged.
+process that dies instead loses nothing that was acknowledged. A disk that fails an fsync ends it:
+`halted` then raises.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import structlog
 
 from coordinator.background import Background
 from coordinator.blobs import BlobBounds, Blobs
+from coordinator.disk import Halt
 from coordinator.driver import Shared
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
@@ -29,11 +31,13 @@ log = structlog.get_logger()
 class Coordinator:
     """Use `open`, then `close`."""
 
-    def __init__(self, shared: Shared, nodes: Nodes, jobs: Jobs) -> None:
+    def __init__(self, shared: Shared, nodes: Nodes, jobs: Jobs, halt: Halt, tripped: asyncio.Event) -> None:
         self.service = CoordinatorService(shared, nodes, jobs)
         self.jobs = jobs
         self.nodes = nodes
         self._shared = shared
+        self._halt = halt
+        self._tripped = tripped
         self._background = Background(shared.clock, shared.settings.retry_s, shared.assignments.notify)
 
     @classmethod
@@ -48,10 +52,14 @@ class Coordinator:
         """Raises DataDirLocked, StorageError."""
         settings = settings or CoordinatorSettings()
         clock = clock or SystemClock()
-        storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point)
+        tripped, loop = asyncio.Event(), asyncio.get_running_loop()
+        halt = Halt(lambda: loop.call_soon_threadsafe(tripped.set))
+        storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point, halt)
         try:
             bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
-            blobs = await asyncio.to_thread(Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point)
+            blobs = await asyncio.to_thread(
+                Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point, halt
+            )
             shared = Shared(
                 storage=storage,
                 blobs=blobs,
@@ -69,13 +77,18 @@ class Coordinator:
                 recovery_grace_s=settings.recovery_grace_s,
             )
             jobs = Jobs(shared, nodes)
-            coordinator = cls(shared, nodes, jobs)
+            coordinator = cls(shared, nodes, jobs, halt, tripped)
             await jobs.recover()
         except BaseException:
             await asyncio.to_thread(storage.close)
             raise
         coordinator._watch_nodes()
         return coordinator
+
+    async def halted(self) -> None:
+        """Waits until an fsync fails, for ever if none does. Raises SyncFailed: close, and end the process."""
+        await self._tripped.wait()
+        self._halt.check()
 
     async def close(self) -> None:
         """Stop the network side first: calls that come later fail."""

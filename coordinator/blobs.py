@@ -4,7 +4,8 @@ A blob is named by its SHA-256 and nothing else, so no name from outside becomes
 written whole or not at all: temporary file → fsync → rename → fsync of the folder. An upload's
 committed offset is what is durably in its partial file. Every method blocks (call it from a
 thread) and is safe to call from several; disk errors are StorageError, content that does not
-match its hash is CorruptData and is removed.
+match its hash is CorruptData and is removed. After a failed fsync nothing is written any more
+(coordinator.disk).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from swarm.errors import CorruptData, FrameTooLarge, ProtocolError, StorageError
+from coordinator.disk import Halt, file_error
+from swarm.errors import CorruptData, FrameTooLarge, ProtocolError, StorageError, SyncFailed
 
 _HASH_BYTES = 32
 _READ_BYTES = 1024 * 1024
 _STRIPES = 64
 _TEMPORARY = ".tmp"
+_CHECK_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,24 @@ class Blobs:
     """One folder of blobs. `now` is a monotonic clock; `durable_point` is told of every durable write."""
 
     def __init__(
-        self, root: Path, bounds: BlobBounds, now: Callable[[], float], durable_point: Callable[[str], None]
+        self,
+        root: Path,
+        bounds: BlobBounds,
+        now: Callable[[], float],
+        durable_point: Callable[[str], None],
+        halt: Halt | None = None,
     ) -> None:
         self._whole = root / "whole"
         self._partial = root / "partial"
         self._bounds = bounds
         self._now = now
         self._point = durable_point
+        self._halt = halt or Halt()
         # One lock for several blobs: bounded, and two different blobs rarely meet.
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
         self._used: dict[str, float] = {}
+        self._checked: dict[str, float] = {}
+        """When a blob's content was last compared with its name."""
         with _disk("open the blob folder"):
             for folder in (self._whole, self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +72,8 @@ class Blobs:
                     left_over.unlink()
                 # How long ago a file was last used is not stored: it counts as used now.
                 self._used.update(dict.fromkeys(os.listdir(folder), now()))
+                # A file that was renamed just before a crash counts as stored: its name must be, too.
+                self._sync_folder(folder)
 
     def put(self, data: bytes) -> bytes:
         """Store a blob of our own; returns its hash."""
@@ -69,10 +82,15 @@ class Blobs:
         with self._locked(name), _disk("write a blob"):
             if (self._whole / name).exists():
                 return sha256
+            self._halt.check()
             temporary = self._whole / f"{name}{_TEMPORARY}"
-            with open(temporary, "wb", buffering=0) as file:
-                _write_all(file, data)
-                self._sync(file.fileno(), "blob")
+            try:
+                with open(temporary, "wb", buffering=0) as file:
+                    self._write_all(file, data, "blob")
+                    self._sync(file.fileno(), "blob")
+            except (OSError, SyncFailed):
+                temporary.unlink(missing_ok=True)  # a full disk has no room for halves
+                raise
             self._publish(temporary, name)
         return sha256
 
@@ -91,6 +109,7 @@ class Blobs:
             whole, partial = self._whole / name, self._partial / name
             if whole.exists():
                 return Progress(whole.stat().st_size, True)
+            self._halt.check()
             committed = partial.stat().st_size if partial.exists() else None
             if committed is not None and committed > size:
                 partial.unlink()
@@ -123,16 +142,28 @@ class Blobs:
             path = self._whole / name
             data = path.read_bytes()
             if hashlib.sha256(data).digest() != sha256:
-                path.unlink()
-                raise CorruptData(f"blob {name[:12]} on disk does not have the hash it is named by")
+                self._remove_damaged(path)
             return data
 
     def read_piece(self, sha256: bytes, offset: int, length: int) -> bytes:
-        """At most `length` bytes from `offset`; the reader checks the whole."""
+        """At most `length` bytes from `offset`, of a blob whose hash was right ten minutes ago at most.
+
+        The reader checks the whole. Raises StorageError: absent; CorruptData: damaged, now removed.
+        """
         name = self._name(sha256)
-        with self._locked(name), _disk(f"read blob {name[:12]}"), open(self._whole / name, "rb") as file:
-            file.seek(min(offset, self._bounds.max_blob_bytes))
-            return file.read(length)
+        with self._locked(name), _disk(f"read blob {name[:12]}"):
+            path, checked_s = self._whole / name, self._checked.get(name)
+            if checked_s is None or self._now() - checked_s > _CHECK_S:
+                if _hash_file(path) != sha256:
+                    self._remove_damaged(path)
+                self._checked[name] = self._now()
+            with open(path, "rb") as file:
+                file.seek(min(offset, self._bounds.max_blob_bytes))
+                return file.read(length)
+
+    def _remove_damaged(self, path: Path) -> None:
+        path.unlink()
+        raise CorruptData(f"blob {path.name[:12]} on disk does not have the hash it is named by")
 
     def collect(self, referenced: Collection[bytes]) -> int:
         """Remove what is neither referenced nor recently used; returns how many files."""
@@ -147,6 +178,7 @@ class Blobs:
                 if name not in kept and idle_s >= self._bounds.grace_s and (folder / name).exists():
                     (folder / name).unlink()
                     self._used.pop(name, None)
+                    self._checked.pop(name, None)
                     removed += 1
         return removed
 
@@ -156,9 +188,9 @@ class Blobs:
             raise StorageError("too many uploads are unfinished", "wait until some are complete")
         with open(partial, "ab", buffering=0) as file:
             try:
-                _write_all(file, data)
+                self._write_all(file, data, "piece")
                 self._sync(file.fileno(), "piece")
-            except OSError:
+            except (OSError, SyncFailed):
                 # What is in the file counts as committed, so nothing half-written may stay.
                 os.ftruncate(file.fileno(), committed or 0)
                 raise
@@ -174,9 +206,19 @@ class Blobs:
         self._point("after blob rename")
         self._sync_folder(self._whole)
 
+    def _write_all(self, file: FileIO, data: bytes, what: str) -> None:
+        self._point(f"before {what} write")
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        self._point(f"after {what} write")
+
     def _sync(self, descriptor: int, what: str) -> None:
         self._point(f"before {what} fsync")
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise self._halt.trip(f"store a {what}", error) from error
         self._point(f"after {what} fsync")
 
     def _sync_folder(self, folder: Path) -> None:
@@ -204,12 +246,6 @@ def _stripe(name: str) -> int:
     return int(name[:2], 16) % _STRIPES
 
 
-def _write_all(file: FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
 def _hash_file(path: Path) -> bytes:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -220,8 +256,8 @@ def _hash_file(path: Path) -> bytes:
 
 @contextmanager
 def _disk(doing: str) -> Iterator[None]:
-    """Disk errors become StorageError; the path stays in the log of the cause."""
+    """Disk errors become StorageError, DiskFull; the path stays in the log of the cause."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot {doing}: {error.strerror or error}") from error
+        raise file_error(doing, error) from error

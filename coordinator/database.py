@@ -2,7 +2,8 @@
 
 WAL with `synchronous=FULL`: a commit that returned survives a power cut. Writers and readers
 share one connection under a lock; every method blocks, so call it from a thread. A failed commit
-is rolled back and raised as StorageError; whoever kept state beside the file reads it again.
+is rolled back and raised as StorageError; whoever kept state beside the file reads it again. After
+a failed fsync nothing is written any more (coordinator.disk).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from coordinator.disk import Halt, database_error
 from swarm.errors import DataDirLocked, StorageError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -25,8 +27,9 @@ Value = str | int | float | bytes | None
 class Database:
     """The open file `coordinator.db` in a data folder, which stays locked until `close`."""
 
-    def __init__(self, data_dir: Path, durable_point: Callable[[str], None]) -> None:
+    def __init__(self, data_dir: Path, durable_point: Callable[[str], None], halt: Halt) -> None:
         self._point = durable_point
+        self._halt = halt
         self._mutex = threading.RLock()
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ class Database:
             raise
 
     def _open(self, path: Path) -> None:
-        with _sqlite("open the database"):
+        with self._errors("open the database"):
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
@@ -75,7 +78,8 @@ class Database:
     def transaction(self, name: str) -> Iterator[None]:
         """Everything inside becomes durable together, or nothing does. `name` is for durable points."""
         with self._mutex:
-            with _sqlite(f"store '{name}'"):
+            self._halt.check()
+            with self._errors(f"store '{name}'"):
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield
@@ -97,18 +101,17 @@ class Database:
         self._connection.executemany(sql, rows)
 
     def rows(self, sql: str, *values: Value) -> list[tuple[Value, ...]]:
-        with self._mutex, _sqlite("read the database"):
+        with self._mutex, self._errors("read the database"):
             return self._connection.execute(sql, values).fetchall()
 
     def close(self) -> None:
-        with self._mutex, _sqlite("close the database"):
+        with self._mutex, self._errors("close the database"):
             self._connection.close()
         os.close(self._lock_file)
 
-
-@contextmanager
-def _sqlite(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StorageError(f"cannot {doing}: {error}") from error
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise database_error(doing, error, self._halt) from error

@@ -95,6 +95,8 @@ class Neighbours(Protocol):
 
     def nodes_freed(self, job_id: str) -> None: ...
 
+    def doubt(self, peer: str) -> None: ...
+
     async def collect(self) -> None: ...
 
 
@@ -207,6 +209,9 @@ class JobDriver:
         async with self._shared.placement_lock:
             # Who is at fault must be known: else the same nodes would be tried again.
             named = next((p for p in self._state.pipelines if p.pipeline_id == pipeline_id and p.has(blamed)), None)
+            if named is not None:
+                # Or it would be tried again at once, and a node that comes back in seconds would find a paused job.
+                self._neighbours.doubt(blamed)
             spares = self._spares([pipeline_id], blamed) if named is not None else ()
             await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares))
 
@@ -398,8 +403,11 @@ class JobDriver:
             reply = applied
         if reply.answer is Answer.HELD and submission is not None:
             return submission.receipt
-        if reply.answer is Answer.DUPLICATE:
-            return await self.stored_receipt(event.round, event.peer, event.payload) or b""
+        if reply.answer is Answer.DUPLICATE or event.round < self._state.round:
+            # Looked up last: the round may have closed since anybody looked at the state.
+            stored = await self.stored_receipt(event.round, event.peer, event.payload)
+            if stored is not None:
+                return stored
         self._tell(event, reply)
         if reply.answer is Answer.CONFLICT:
             log.warning("contribution_conflict", job=self.job.name, round=event.round, peer=event.peer)

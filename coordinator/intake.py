@@ -44,10 +44,6 @@ class Intake:
             payload=request.payload_sha256,
             inner_steps=request.inner_steps,
         )
-        if request.round < driver.state.round:
-            stored = await driver.stored_receipt(request.round, caller, request.payload_sha256)
-            if stored is not None:
-                return stored
         if refusal(driver.state, event) is not None:
             # The state machine refuses it too: cheap to know before a payload is read.
             return await driver.contribute(event, None)

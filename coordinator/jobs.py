@@ -207,7 +207,11 @@ class Jobs:
             for peer in driver.state.busy_peers()
         }
         now_s, model = self._shared.clock.monotonic(), self._shared.model
-        idle = [node for node in self._nodes.all() if node.record.peer not in busy and node.record.peer not in without]
+        idle = [
+            node
+            for node in self._nodes.all()
+            if node.record.peer not in busy and node.record.peer not in without and not node.doubted
+        ]
         placement = form_pipelines(
             (Member(node.record.peer, node.record.span) for node in idle),
             model.n_blocks,
@@ -231,9 +235,24 @@ class Jobs:
             if driver.job.job_id != job_id:
                 driver.nodes_changed()
 
+    def doubt(self, peer: str) -> None:
+        """As a driver says it: no pipeline is formed with the node before it calls again."""
+        self._nodes.doubt(peer)
+
     def node_lost(self, peer: str, reason: str) -> None:
         for driver in self._drivers.values():
             driver.node_lost(peer, reason)
+
+    async def remake(self, blob: bytes) -> bool:
+        """Make a damaged blob of a kept round again; False: it is none. Raises StorageError, CorruptData."""
+        for driver in self._drivers.values():
+            for round, outcome in list(driver.published.items()):
+                made = (outcome.state_blob, outcome.update_blob, outcome.snapshot_blob)
+                if blob in (*made, *(file.sha256 for file in outcome.files)):
+                    log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
+                    await asyncio.to_thread(driver.results.remake, self._shared.storage, round)
+                    return True
+        return False
 
     async def collect(self) -> None:
         """Remove unreferenced blobs. A disk that refuses loses nothing but room, and is logged."""

@@ -1,7 +1,7 @@
 """Start and stop a coordinator's process: identity, TLS, the coordinator itself, and its gRPC server.
 
-`run_coordinator` returns when it is cancelled or fails. It reads the base model's configuration
-and tensor table, never its weights.
+`run_coordinator` returns when it is cancelled or fails, as it does when the disk fails an fsync. It reads
+the base model's configuration and tensor table, never its weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CoordinatorStart:
 async def run_coordinator(start: CoordinatorStart, ready: Callable[[JoinInfo], None]) -> None:
     """Serve until cancelled. `ready` is given the join string's content that names this coordinator.
 
-    Raises any SwarmError of starting up; nothing is left running then.
+    Raises any SwarmError of starting up, and SyncFailed; nothing is left running then.
     """
     join = start.join
     checkpoint = await asyncio.to_thread(open_for, join.model, join.revision, join.model_hash, start.model)
@@ -70,4 +70,4 @@ async def run_coordinator(start: CoordinatorStart, ready: Callable[[JoinInfo], N
         address = f"{start.announce_host or start.host}:{port}"
         log.info("coordinator_ready", address=address, peer=identity.peer_id)
         ready(join.with_coordinator(address, tls.fingerprint))
-        await asyncio.Event().wait()
+        await coordinator.halted()

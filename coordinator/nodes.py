@@ -22,6 +22,8 @@ class Node:
     last_call_s: float
     joined_s: float
     """Since when it has been here without a break."""
+    doubted: bool = False
+    """A lead could not reach it, and it has not called since: it is given no work."""
     progress: pb.TrainProgress | None = None
     traffic: pb.Traffic = field(default_factory=pb.Traffic)
 
@@ -58,6 +60,20 @@ class Nodes:
         if node is not None:
             node.silent_since_s = now_s + wait_s
             node.last_call_s = now_s
+
+    def doubt(self, peer: str) -> None:
+        """Somebody says that it is gone. Before it would be given up for its silence, this decides placement only."""
+        node = self._nodes.get(peer)
+        if node is not None:
+            node.doubted = True
+
+    def called(self, peer: str) -> bool:
+        """A call of its begins: it is there. Whether it was doubted."""
+        node = self._nodes.get(peer)
+        if node is None or not node.doubted:
+            return False
+        node.doubted = False
+        return True
 
     def silent(self, now_s: float) -> list[str]:
         """Nodes to give up now."""

@@ -56,6 +56,10 @@ class JobResults:
         params = self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
         return self._keep(initial_round(params))
 
+    def remake(self, storage: Storage, round: int) -> Outcome:
+        """Write the blobs of a committed round again. Raises StorageError, CorruptData: what it came from is gone."""
+        return self.aggregate(storage, round) if round else self.initial()
+
     def aggregate(self, storage: Storage, round: int) -> Outcome:
         """The outcome of a frozen round. Raises StorageError, CorruptData, CodecError."""
         result = self._compute(storage, round, self._outer_state(storage, round - 1))

@@ -14,6 +14,7 @@ from typing import Any
 
 from coordinator.database import Database
 from coordinator.deadline import RECENT
+from coordinator.disk import Halt
 from coordinator.leases import Lease, LeaseState, Range
 from coordinator.placement import Member
 from coordinator.records import (
@@ -51,8 +52,8 @@ _CONTRIBUTION = (
 class Storage:
     """Nodes, jobs, rounds, leases and results in `data_dir`. Raises DataDirLocked, StorageError."""
 
-    def __init__(self, data_dir: Path, durable_point: Callable[[str], None]) -> None:
-        self._db = Database(data_dir, durable_point)
+    def __init__(self, data_dir: Path, durable_point: Callable[[str], None], halt: Halt | None = None) -> None:
+        self._db = Database(data_dir, durable_point, halt or Halt())
 
     def close(self) -> None:
         self._db.close()

@@ -6,7 +6,9 @@
 
 The reference parameters are the fp32 sum of decoded updates, added in the coordinator's order, and
 their hash is checked after every round; a mismatch fetches a snapshot. A contribution that was
-not accepted is void: its samples are leased again, so its delta does not enter the residual.
+not accepted is void: its samples are leased again, so its delta does not enter the residual. Inner
+work that did not count leaves nothing behind: a round that is trained again, here or by a node that came
+back, starts from the moments that it started from before, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -84,6 +86,8 @@ class JobMember:
         self._base_hash = b""
         self._residual: Parameters = {}
         self._lineage = 0
+        self._moments: tuple[Parameters, int] = ({}, 0)
+        """AdamW's at the start of `_round`, as `AdapterStage.moments` gives them."""
 
     async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0) -> None:
         """Hold the parameters that `round` starts from, with no inner work on top of them.
@@ -99,6 +103,7 @@ class JobMember:
             if self._round != round or (base_hash and self._base_hash != base_hash):
                 await self._catch_up(round)
             await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
+            await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
 
     async def contribute_and_settle(self, work: Work) -> pb.RoundReply:
         """Send this node's delta of the round and see the round through to its end."""
@@ -119,7 +124,6 @@ class JobMember:
                 self._folder.clear_pending()
                 return
             self._adopt(saved)
-            await self._compute.run(Priority.TRAIN, self.stage.set_moments, saved.moments, saved.steps)
             receipt = await self._upload(request, pending.payload)
             if receipt.verdict in _VOID:
                 self._folder.clear_pending()
@@ -128,6 +132,7 @@ class JobMember:
 
     async def _contribute(self, work: Work) -> None:
         now = await self._compute.run(Priority.TRAIN, self.stage.values)
+        moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
         context = FrameContext(self.job_id, work.round, self._base_hash)
 
         def compress() -> tuple[bytes, Parameters]:
@@ -152,7 +157,7 @@ class JobMember:
         )
         if work.loss is not None:
             request.loss = work.loss
-        pending = PendingContribution(work.round, request.SerializeToString(), payload, residual)
+        pending = PendingContribution(work.round, request.SerializeToString(), payload, residual, moments, steps)
         await asyncio.to_thread(self._folder.save_pending, pending)
         receipt = await self._upload(request, payload)
         log.info(
@@ -178,6 +183,7 @@ class JobMember:
         counted = reply.receipt.verdict in _COUNTED
         if pending is not None and pending.round == round and counted:
             self._residual = pending.residual
+            self._moments = (pending.moments, pending.steps)
         if not counted:
             log.warning("contribution_void", job=self.job_id, round=round, reason=reply.receipt.reason)
         if reply.committed:
@@ -252,7 +258,6 @@ class JobMember:
         saved = await asyncio.to_thread(self._folder.load)
         if saved is not None and saved.reference.keys() == self.stage.shapes.keys():
             self._adopt(saved)
-            await self._compute.run(Priority.TRAIN, self.stage.set_moments, saved.moments, saved.steps)
         if self._round == 0 and round == FIRST_ROUND:
             await asyncio.to_thread(self._initialize)
 
@@ -261,7 +266,7 @@ class JobMember:
         log.info("rounds_discarded", job=self.job_id, lineage=lineage)
         self._lineage, self._round, self._residual = lineage, 0, {}
         self._folder.clear_pending()
-        await self._compute.run(Priority.TRAIN, self.stage.clear_moments)
+        self._moments = ({}, 0)
 
     def _initialize(self) -> None:
         whole = self._adapters.initial(self.spec.method, self.spec.schedule.seed)
@@ -272,6 +277,7 @@ class JobMember:
     def _adopt(self, saved: SavedState) -> None:
         self._reference, self._residual = saved.reference, saved.residual
         self._base_hash, self._round, self._lineage = saved.base_hash, saved.round, saved.lineage
+        self._moments = (saved.moments, saved.steps)
 
     async def _catch_up(self, round: int) -> None:
         """Reach the parameters `round` starts from: one update if we hold the round before, else a snapshot."""
@@ -288,8 +294,7 @@ class JobMember:
         await self._save()
 
     async def _save(self) -> None:
-        moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
-        state = SavedState(self._round, self._base_hash, self._reference, self._residual, moments, steps, self._lineage)
+        state = SavedState(self._round, self._base_hash, self._reference, self._residual, *self._moments, self._lineage)
         await asyncio.to_thread(self._folder.save, state)
 
     def block_hashes(self) -> dict[str, bytes]:

@@ -169,12 +169,9 @@ class AdapterStage:
                 steps = int(state["step"])
         return arrays, steps
 
-    def clear_moments(self) -> None:
-        """Start AdamW anew."""
-        self._optimizer.state.clear()
-
     def set_moments(self, arrays: Mapping[str, NDArray[np.float32]], steps: int) -> None:
         """Restore what `moments` gave; keys that are not of this span are ignored, absent ones start at zero."""
+        self._optimizer.state.clear()
         for key, parameter in self.parameters.items():
             if f"m/{key}" in arrays and f"v/{key}" in arrays:
                 self._optimizer.state[parameter] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ class Worker:
             await member.contribute_and_settle(work)
         except SwarmError as error:
             log.warning("round_failed", job=member.job_id, round=work.round, error=str(error))
+            # Without effect once the contribution is held; else the round need not wait for it.
+            request = pb.AbandonRequest(
+                job_id=member.job_id,
+                round=work.round,
+                generation=work.generation,
+                pipeline_id=work.pipeline_id,
+                reason=common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix, blame=self._peer.peer_id),
+            )
+            with suppress(SwarmError):
+                await self._link.call(lambda client: client.abandon(request))
 
     # ---- lead --------------------------------------------------------------------------------
 

@@ -44,7 +44,9 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   └── ContributionError SW603  a contribution that is refused, and why
     ├── StorageError          SW700  files and databases
     │   ├── DataDirLocked     SW701  another process uses the folder
-    │   └── CorruptData       SW702  content does not match its hash
+    │   ├── CorruptData       SW702  content does not match its hash
+    │   ├── SyncFailed        SW703  the disk did not confirm a write; the coordinator stops
+    │   └── DiskFull          SW704  no room; what failed is tried again
     └── CodecError            SW800  compressed data
         └── FrameTooLarge     SW801  a frame beyond its cap, or a decompression bomb
 """
@@ -276,6 +278,16 @@ class DataDirLocked(StorageError):
 class CorruptData(StorageError):
     code = "SW702"
     default_fix = "remove the damaged file; it is fetched or rebuilt on the next start"
+
+
+class SyncFailed(StorageError):
+    code = "SW703"
+    default_fix = "look at the disk and its log, then start the coordinator again: what it acknowledged is stored"
+
+
+class DiskFull(StorageError):
+    code = "SW704"
+    default_fix = "free space on the disk of the data folder; nothing is lost, and work goes on by itself"
 
 
 class CodecError(SwarmError):

@@ -10,6 +10,21 @@ from hypothesis import settings
 from swarm.samples import smollm2_folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seeds",
+        type=int,
+        default=2,
+        help="How many seeds every test of the marker `faults` runs on (make faults: 20).",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A crash test with an argument `seed` runs once a seed."""
+    if "seed" in metafunc.fixturenames and metafunc.definition.get_closest_marker("faults"):
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--seeds")))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The checkpoint folder of the real model; the first test run on a machine converts it."""

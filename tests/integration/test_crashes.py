@@ -87,6 +87,21 @@ def test_coordinator_killed_in_each_state_of_a_round(smollm2: Path, tmp_path: Pa
     assert hashes[len(DEATHS)] == hashes[0]
 
 
+def test_a_coordinator_whose_disk_fails_ends_and_says_why(smollm2: Path, tmp_path: Path) -> None:
+    """TRUST.md, 12, of the whole process; at every fsync: tests/unit/coordinator/test_coordinator_crash.py."""
+    job = write_job(tmp_path / "job", "unlucky", 1, 1, 1)
+    with swarm_of(tmp_path / "swarm", smollm2, {}) as swarm:
+        coordinator = start_dying(swarm, 0, "disk: before piece fsync")
+        port = int(parse_join(swarm.join).coordinator.rpartition(":")[2])
+        refused = swarm.run("job", "submit", str(job))
+        assert refused.returncode == 1
+        assert coordinator.popen.wait(timeout=30) == 1
+        assert "SW703 cannot store a piece" in coordinator.log_tail()
+        start_dying(swarm, port, "")
+        assert swarm.run_json("job", "list") == []
+        swarm.run_json("job", "submit", str(job))
+
+
 def settled_rounds(node: Process) -> list[int]:
     return [entry["round"] for entry in node.log_events() if entry.get("event") == "settled"]
 

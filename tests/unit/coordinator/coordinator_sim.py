@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from coordinator.ports import CoordinatorSettings, ModelFacts, Tensors
 from coordinator.service import CoordinatorService
 from swarm.compress import FrameContext, decode, encode
 from swarm.config import LoraMethod, job_from_json
-from swarm.errors import ContributionError, JobConflict
+from swarm.errors import ContributionError, JobConflict, SyncFailed
 from swarm.identity import Identity, verify
 from swarm.ids import HEAD, Span, block_of, seed_from, sha256
 from swarm.optim.params import block_hash, by_block, params_hash, unpack_block
@@ -416,15 +416,37 @@ async def run_job(
     owner: Callable[[CoordinatorService, str], Awaitable[None]] | None = None,
     slow_lead: str = "",
     dead: str = "",
+    spans: Sequence[tuple[str, Span]] = TWO_PIPELINES,
 ) -> pb.JobStatus:
-    """Open the folder, let four nodes finish the job (submitting it if need be), close. The clock stands.
+    """Open the folder, let the nodes `spans` finish the job (submitting it if need be), close. The clock stands.
 
     `owner` is what the submitter does meanwhile; it returns once the job has ended. With `dead`, the
-    node of that name is given up by its lead whenever it is assigned, and a fifth one is there.
+    node of that name is given up by its lead whenever it is assigned. Raises SyncFailed if the
+    coordinator stops for it.
     """
     coordinator = await Coordinator.open(data_dir, model_facts(), identity(), settings, ManualClock())
-    service = coordinator.service
-    spans = [*TWO_PIPELINES, *([SPARE] if dead else [])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            halted = group.create_task(coordinator.halted())
+            status = await finish_job(coordinator.service, spec, acknowledged, owner, slow_lead, dead, spans)
+            halted.cancel()
+    except* SyncFailed as stopped:
+        raise SyncFailed(str(stopped.exceptions[0])) from stopped
+    finally:
+        await coordinator.close()
+    return status
+
+
+async def finish_job(
+    service: CoordinatorService,
+    spec: str,
+    acknowledged: Callable[[pb.Receipt], None],
+    owner: Callable[[CoordinatorService, str], Awaitable[None]] | None,
+    slow_lead: str,
+    dead: str,
+    spans: Sequence[tuple[str, Span]],
+) -> pb.JobStatus:
+    """What `run_job` does between opening and closing."""
     nodes = [SimNode(service, name, span, acknowledged) for name, span in spans]
     for node in nodes:
         node.owner_interferes, node.slow_lead, node.blames = owner is not None or bool(dead), slow_lead, dead
@@ -447,9 +469,7 @@ async def run_job(
             current = rounds + 1 if reply.finished else max(reply.current_round, current)
         for task in working:
             task.cancel()
-    status = await service.get_job("researcher", pb.GetJobRequest(job=job_id))
-    await coordinator.close()
-    return status
+    return await service.get_job("researcher", pb.GetJobRequest(job=job_id))
 
 
 async def meddle(service: CoordinatorService, job_id: str) -> None:

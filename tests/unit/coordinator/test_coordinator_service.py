@@ -261,6 +261,22 @@ async def test_an_abandoned_pipeline_is_formed_again_on_the_same_samples(swarm: 
         await swarm.service.lease(lead.peer, pb.LeaseRequest(job_id=part.job_id, round=1, generation=1))
 
 
+async def test_a_node_that_its_lead_cannot_reach_is_not_tried_again_before_it_calls(swarm: Swarm) -> None:
+    lead, stage = await swarm.join(*ONE_PIPELINE)
+    job_id = (await submit(swarm.service, "me", job_spec(schedule=ONE))).job_id
+    await swarm.until(lambda: swarm.driver.state.generation == 1)
+    error = common_pb2.Error(code="SW303", cause="the stage does not answer", blame=stage.peer)
+    request = pb.AbandonRequest(job_id=job_id, round=1, generation=1, pipeline_id=0, reason=error)
+    await swarm.service.abandon(lead.peer, request)
+    await swarm.until(lambda: swarm.driver.reason == "no idle node holds blocks 2-3")
+    await lead.poll()
+    assert swarm.driver.state.generation == 1
+    await stage.poll()
+    await swarm.until(lambda: swarm.driver.state.generation == 2)
+    await swarm.round("a", "b")
+    assert lead.receipts[1].verdict == pb.VERDICT_ACCEPTED
+
+
 async def test_silent_nodes_are_lost_and_may_come_back(swarm: Swarm) -> None:
     lead, stage = await swarm.join(*ONE_PIPELINE)
     await submit(swarm.service, "me", job_spec(schedule=ONE))
@@ -420,25 +436,6 @@ async def test_a_folder_belongs_to_one_model(tmp_path: Path) -> None:
     other = replace(model_facts(), model_hash=sha256(b"other model"))
     with pytest.raises(ModelMismatch, match="job poems in this data folder is of model"):
         await Coordinator.open(tmp_path, other, identity(), CoordinatorSettings(), ManualClock())
-
-
-async def test_a_damaged_outer_state_is_made_again(tmp_path: Path) -> None:
-    finals = []
-    for damage in (False, True):
-        folder = tmp_path / str(damage)
-        async with opened(folder) as swarm:
-            await swarm.join(*ONE_PIPELINE)
-            job_id = (await submit(swarm.service, "me", job_spec(schedule=ONE))).job_id
-            await swarm.round("a", "b")
-            await swarm.until(lambda: swarm.driver.state.round == 2)
-            outcome = swarm.coordinator._shared.storage.outcome(job_id, 1)
-            assert outcome is not None
-            if damage:
-                path = folder / "blobs" / "whole" / outcome.state_blob.hex()
-                path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-            await swarm.round("a", "b")
-            finals.append(swarm.driver.published[2].params_hash)
-    assert finals[0] == finals[1]
 
 
 async def test_old_rounds_make_room(tmp_path: Path) -> None:

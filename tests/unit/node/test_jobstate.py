@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from node.jobstate import JobFolder, PendingContribution, SavedState
 
@@ -25,10 +27,12 @@ def test_state_and_pending_round_trip(tmp_path: Path) -> None:
     assert {key: value.tobytes() for key, value in state.moments.items()} == {
         key: value.tobytes() for key, value in moments.items()
     }
-    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(5)}))
+    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(5)}, moments, 21))
     pending = folder.load_pending()
     assert pending is not None
     assert (pending.round, pending.request, pending.payload) == (4, b"request", b"payload")
+    assert np.array_equal(pending.residual["0/a"], array(5))
+    assert (pending.moments.keys(), pending.steps) == (moments.keys(), 21)
     folder.clear_pending()
     assert folder.load_pending() is None
     folder.remove()
@@ -49,3 +53,43 @@ def test_a_damaged_file_is_rebuilt_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "jobs" / "job1" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     assert folder.load() is None
+
+
+@pytest.mark.faults
+def test_a_flipped_bit_is_noticed_and_the_state_before_is_loaded(tmp_path: Path, seed: int) -> None:
+    """TRUST.md, 13, on a node: fifty places of a state file a seed."""
+    chance = random.Random(seed)
+    folder = JobFolder(tmp_path, "job1")
+    first = {"0/a": array(2 * seed), "1/b": array(2 * seed + 1)}
+    folder.save(SavedState(7, bytes(32), first, {"0/a": array(5)}, {"m/0/a": array(6)}, 21))
+    folder.save(SavedState(8, bytes(32), {"0/a": array(7), "1/b": array(8)}, {"0/a": array(9)}, {}, 24))
+    newest = folder.load()
+    assert newest is not None
+    assert newest.round == 8
+    path = tmp_path / "jobs" / "job1" / "state.safetensors"
+    whole = path.read_bytes()
+    for _ in range(50):
+        bit = chance.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        state = folder.load()
+        assert state is not None, bit
+        assert (state.round, state.steps, state.residual) == (7, 21, {}), bit
+        assert all(np.array_equal(state.reference[key], value) for key, value in first.items())
+        assert np.array_equal(state.moments["m/0/a"], array(6))
+
+
+@pytest.mark.faults
+def test_a_pending_contribution_with_a_flipped_bit_is_dropped(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    folder = JobFolder(tmp_path, "job1")
+    folder.save_pending(PendingContribution(4, b"request", b"payload", {"0/a": array(seed)}, {}, 0))
+    path = tmp_path / "jobs" / "job1" / "pending.safetensors"
+    whole = path.read_bytes()
+    for _ in range(50):
+        bit = chance.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert folder.load_pending() is None, bit
