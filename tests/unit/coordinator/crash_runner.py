@@ -40,6 +40,8 @@ JOBS = {
     "repair": (job_spec(), None),
     # Scored after every round; ends early after the third, the second one being the best.
     "scored": (job_spec(schedule=SCHEDULE, eval={"data": "heldout.jsonl"}, early_stopping={"patience": 1}), None),
+    # Every pipeline takes over in the next round what it held ahead.
+    "overlap": (job_spec(schedule=SCHEDULE | {"rounds": 3, "overlap_steps": 2}), None),
     # What the job would have been without its owner, as far as that owner lets it go.
     "straight": (job_spec(schedule=SCHEDULE | {"rounds": 3}), None),
 }
