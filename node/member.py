@@ -1,12 +1,19 @@
 """This node's part in one job, round by round: prepare, contribute, settle.
 
     prepare(round)   hold the parameters the round starts from: kept, updated, or from a snapshot
+    end_steps()      what the last inner step left, for the contribution
     contribute(…)    delta → error feedback → compress → to disk → upload → receipt
     settle(round)    final receipt and commit → apply the published update → to disk
+    carry(round)     in place of prepare, with rounds that overlap: what was trained since `end_steps` stays
 
 The reference parameters are the fp32 sum of decoded updates, added in the coordinator's order, and
 their hash is checked after every round; a mismatch fetches a snapshot. A contribution that was
 not accepted is void: its samples are leased again, so its delta does not enter the residual.
+
+With rounds that overlap, inner steps go on from the parameters as they are while the round is closed.
+Once its update is there the parameters become the new reference plus what was trained since the
+round's end (delayed DiLoCo): the own delta of the round, which the update contains as far as it was
+sent, is taken out with the old reference. The next delta is relative to the new reference as ever.
 """
 
 from __future__ import annotations
@@ -55,6 +62,16 @@ class Work:
     """Tokens that carried loss; the lead knows it."""
 
 
+@dataclass(frozen=True)
+class Ended:
+    """This node's blocks as the last inner step of a round left them."""
+
+    values: Parameters
+    moments: Parameters
+    steps: int
+    """That the optimizer has taken."""
+
+
 class JobMember:
     """One job on this node. Calls are serialized: a round is settled before the next is prepared."""
 
@@ -84,12 +101,17 @@ class JobMember:
         self._base_hash = b""
         self._residual: Parameters = {}
         self._lineage = 0
+        self._ended: Parameters | None = None
+        """With rounds that overlap: the parameters since which inner steps may be carried into the next round."""
+        self._aside: Parameters | None = None
+        """What such steps have made of them, while the stage holds the reference."""
 
-    async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0) -> None:
+    async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0, *, to_score: bool = False) -> None:
         """Hold the parameters that `round` starts from, with no inner work on top of them.
 
         `base_hash` is what the coordinator says all parameters hash to, `lineage` its number for the
         history they follow from: after rounds were discarded, what this node carried over is void.
+        `to_score`: only to look at them; what may be carried into the round is set aside, not dropped.
         """
         async with self._lock:
             if self._round == 0:
@@ -98,13 +120,54 @@ class JobMember:
                 await self._forget(lineage)
             if self._round != round or (base_hash and self._base_hash != base_hash):
                 await self._catch_up(round)
+            if not to_score:
+                self._ended = self._aside = None
+            elif self._ended is not None and self._aside is None:
+                self._aside = await self._compute.run(Priority.TRAIN, self.stage.values)
             await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
 
-    async def contribute_and_settle(self, work: Work) -> pb.RoundReply:
-        """Send this node's delta of the round and see the round through to its end."""
+    async def end_steps(self) -> Ended:
+        """What the round's inner steps came to. Inner steps after it are the next round's."""
+
+        def look() -> Ended:
+            return Ended(self.stage.values(), *self.stage.moments())
+
+        ended = await self._compute.run(Priority.TRAIN, look)
+        self._ended = ended.values if self.spec.schedule.overlap_steps else None
+        self._aside = None
+        return ended
+
+    async def carry(self, round: int, base_hash: bytes) -> None:
+        """Hold what `round` starts from plus what was trained since `end_steps`.
+
+        Returns once the round before is settled. Raises JobConflict: there is nothing to go on from.
+        """
         async with self._lock:
-            await self._contribute(work)
-            return await self._settle(work.round)
+            if self._ended is None:
+                raise JobConflict(
+                    f"this node has trained nothing ahead for round {round} of job {self.job_id}",
+                    "nothing to do: the pipeline is formed again",
+                )
+            if self._round != round or (base_hash and self._base_hash != base_hash):
+                await self._catch_up(round)
+            ended, aside, reference = self._ended, self._aside, self._reference
+
+            def correct() -> None:
+                now = self.stage.values() if aside is None else aside
+                self.stage.reset({key: reference[key] + (now[key] - ended[key]) for key in reference})
+
+            await self._compute.run(Priority.TRAIN, correct)
+            self._ended = self._aside = None
+            log.info("carried", job=self.job_id, round=round)
+
+    async def contribute_and_settle(self, work: Work, ended: Ended) -> pb.RoundReply:
+        """Send this node's delta of the round and see the round through to its end.
+
+        `ended` is what `end_steps` gave; the stage may train on meanwhile.
+        """
+        async with self._lock:
+            await self._contribute(work, ended.values)
+            return await self._settle(work.round, ended)
 
     async def finish_pending(self) -> None:
         """After a restart: finish a contribution that was begun. Call before the first `prepare`."""
@@ -126,8 +189,7 @@ class JobMember:
                 return
             await self._settle(pending.round)
 
-    async def _contribute(self, work: Work) -> None:
-        now = await self._compute.run(Priority.TRAIN, self.stage.values)
+    async def _contribute(self, work: Work, now: Parameters) -> None:
         context = FrameContext(self.job_id, work.round, self._base_hash)
 
         def compress() -> tuple[bytes, Parameters]:
@@ -168,7 +230,7 @@ class JobMember:
         await self._link.call(lambda client: client.put_blob(payload, contribution=True))
         return await self._link.call(lambda client: client.contribute(request))
 
-    async def _settle(self, round: int) -> pb.RoundReply:
+    async def _settle(self, round: int, ended: Ended | None = None) -> pb.RoundReply:
         request = pb.AwaitRoundRequest(job_id=self.job_id, round=round, wait_s=_WAIT_S)
         while True:
             reply = await self._link.call(lambda client: client.await_round(request))
@@ -182,7 +244,7 @@ class JobMember:
             log.warning("contribution_void", job=self.job_id, round=round, reason=reply.receipt.reason)
         if reply.committed:
             await self._apply(reply.update)
-            await self._save()
+            await self._save(ended)
             log.info("settled", job=self.job_id, round=round, own_hash=params_hash(self.block_hashes()).hex())
         self._folder.clear_pending()
         return reply
@@ -260,6 +322,7 @@ class JobMember:
         """Rounds were discarded: residual, moments and parameters are of a history that did not happen."""
         log.info("rounds_discarded", job=self.job_id, lineage=lineage)
         self._lineage, self._round, self._residual = lineage, 0, {}
+        self._ended = self._aside = None
         self._folder.clear_pending()
         await self._compute.run(Priority.TRAIN, self.stage.clear_moments)
 
@@ -287,8 +350,12 @@ class JobMember:
             self._round = round
         await self._save()
 
-    async def _save(self) -> None:
-        moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
+    async def _save(self, ended: Ended | None = None) -> None:
+        """To disk, with the optimizer as it was when the round's steps ended, or as it is."""
+        if ended is not None:
+            moments, steps = ended.moments, ended.steps
+        else:
+            moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
         state = SavedState(self._round, self._base_hash, self._reference, self._residual, moments, steps, self._lineage)
         await asyncio.to_thread(self._folder.save, state)
 
