@@ -1,13 +1,13 @@
 """What share of its time does a pipeline over home links compute, with rounds that overlap and with rounds that wait?
 
-A job of two nodes, each with half of SmolLM2-135M in float32 and one thread: LoRA r 8 on all linear layers, H = 20
-inner steps of 8 pieces of film reviews of 128 tokens, every position labelled, codecs and 8-bit activations as a job has
-them by default. Real processes behind the shaping proxy (`benchmarks.links`): each node is dialled over a link of
-its own and dials the coordinator over another, all of 100 ms round trip and 20 Mbit/s each way. A job
-without overlap, then one with. From the second round on, the links are shaped in one round and free in the next, in
-turn, within the job and with the same processes, so that each pair is taken back to back. A round goes from the end
-of the inner steps of the one before to the end of its own: contributing, aggregating, fetching the update, forming the
-pipeline and every inner step are in it.
+A job of two nodes, each with half of SmolLM2-135M in float32 and one thread: LoRA r 8 on all linear layers,
+H = 20 inner steps of 8 pieces of film reviews of 128 tokens, every position labelled, codecs and 8-bit activations
+as a job has them by default. Real processes behind the shaping proxy (`benchmarks.links`): each node is dialled over
+a link of its own and dials the coordinator over another, all of 100 ms round trip and 20 Mbit/s each way. A
+job without overlap, then one with. From the second round on, the links are shaped in one round and free in
+the next, in turn, within the job and with the same processes, so that each pair is taken back to back. A
+round goes from the end of the inner steps of the one before to the end of its own: contributing, aggregating,
+fetching the update, forming the pipeline and every inner step are in it.
 
     compute_share     what the H inner steps take over free links, over what the round takes over the shaped ones.
                       A stage that waits for its neighbour counts as computing if it would with free links too:

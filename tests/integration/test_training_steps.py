@@ -28,6 +28,7 @@ outer: {{lr: 1.0, momentum: 0.0, nesterov: false}}
 uplink: {{kind: dense}}
 downlink: {{kind: dense}}
 activations: float32
+{more}
 """
 
 
@@ -35,13 +36,14 @@ activations: float32
 def swarm(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
     root = tmp_path_factory.mktemp("steps")
     write_sentiment_jsonl(root / "train.jsonl", "train", 60)
+    write_sentiment_jsonl(root / "heldout.jsonl", "held_out", 4)
     with swarm_of(root, smollm2, {"half-a": "0:12", "half-b": "12:30"}, coordinator=True) as started:
         yield started
 
 
 def submit(swarm: Swarm, name: str, **settings: object) -> None:
     path = swarm.root / f"{name}.yaml"
-    path.write_text(JOB.format(**({"name": name, "overlap": 0, "accumulate": 2} | settings)))
+    path.write_text(JOB.format(**({"name": name, "overlap": 0, "accumulate": 2, "more": ""} | settings)))
     swarm.run_json("job", "submit", str(path))
 
 
@@ -65,9 +67,13 @@ def steps_of(process: Process, job: str) -> list[dict[str, Any]]:
 
 
 def test_rounds_that_overlap_lose_and_repeat_nothing(swarm: Swarm, waiting: list[float]) -> None:
-    """The update of one pipeline is its own delta: what was trained since stays as if nothing had been delayed."""
+    """The update of one pipeline is its own delta: what was trained since stays as if nothing had been delayed.
+
+    The second round is scored while two steps of the third are done already.
+    """
     name = "overlap"
-    submit(swarm, name, rounds=3, microbatches=2, lr="2.0e-3", clip=0.5, overlap=2, accumulate=1)
+    scored = "eval: {data: heldout.jsonl, samples: 4, every: 2}"
+    submit(swarm, name, rounds=3, microbatches=2, lr="2.0e-3", clip=0.5, overlap=2, accumulate=1, more=scored)
     status = wait_for_job(swarm, name)
     lead, second = (next(p for p in swarm.processes if p.name == name) for name in ("half-a", "half-b"))
     steps = steps_of(lead, name)
@@ -78,6 +84,9 @@ def test_rounds_that_overlap_lose_and_repeat_nothing(swarm: Swarm, waiting: list
             e["round"] for e in process.log_events() if (e.get("event"), e.get("job")) == ("carried", status["id"])
         ]
         assert carried == [2, 3]
+    scores = [entry["eval_loss"] for entry in status["history"]]
+    assert scores[0] is None
+    assert scores[2] < scores[1]
 
 
 @pytest.fixture(scope="module")
