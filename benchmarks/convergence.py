@@ -70,6 +70,8 @@ def cells() -> list[Cell]:
         replace(OURS, name="ours-by-label", split="by-label"),
         replace(OURS, name="ours-drop-25", drop=0.25),
         replace(OURS, name="ours-joiner", join_round=6),
+        replace(OURS, name="ours-overlap-2", overlap=2),
+        replace(OURS, name="ours-overlap-10", overlap=10),
         replace(OURS, name="ours-int8", activations="int8"),
         replace(OURS, name="ours-int4", activations="int4"),
     ]

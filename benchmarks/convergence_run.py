@@ -73,6 +73,8 @@ class Cell:
     join_round: int = 0
     """The round in which the last pipeline joins; 0: it is there from the beginning."""
     split: Split = "iid"
+    overlap: int = 0
+    """Inner steps of the next round that are done before this one's update is there."""
 
 
 @dataclass
@@ -115,6 +117,8 @@ class Run:
         start = world.model.adapters.initial(self._spec.method, cell.seed)
         self._state = OuterState(start, {}, {})
         self._residuals: list[Parameters | None] = [None] * count
+        self._ahead: dict[int, Parameters] = {}
+        """By pipeline: what it has made, since its round ended, of the parameters that it ended with."""
         self.result = Result(parameters=sum(value.size for value in start.values()))
 
     def run(self, tell: Callable[[str], None]) -> Result:
@@ -151,6 +155,7 @@ class Run:
             residual = self._residuals[k]
             delta = self.delta(k, number)
             if k in lost:
+                self._ahead.pop(k, None)
                 continue
             context = FrameContext("convergence", number, base_hash)
             # What was kept in the parameters is in the delta already.
@@ -167,21 +172,36 @@ class Run:
         self.result.downlink_bytes += PIPELINES * (round(size * _SHARE_BYTES) + _EACH_BYTES)
 
     def delta(self, k: int, number: int) -> Parameters:
-        """What the inner steps of round `number` change in pipeline k, before the codec: reference minus now."""
-        stages = self._pipelines[k]
-        self._restart(stages, self._residuals[k] if self._cell.retain else None)
-        for step in range(self._cell.inner_steps):
-            at = (number - 1) * self._cell.inner_steps + step
-            self._accumulate(stages, at, k, 1.0)
-            for stage in stages:
-                stage.step(self._lr(at), 1.0)
-        now = {key: value for stage in stages for key, value in stage.values().items()}
+        """What the inner steps of round `number` change in pipeline k, before the codec: reference minus now.
+
+        With rounds that overlap, the next one's first steps are done too, and kept for its call.
+        """
+        cell, stages, ahead = self._cell, self._pipelines[k], self._ahead.pop(k, None)
+        self._restart(stages, self._residuals[k] if cell.retain else None, ahead)
+        self._train(k, number, 0 if ahead is None else cell.overlap, cell.inner_steps)
+        now = _values(stages)
+        if cell.overlap and number < cell.rounds:
+            self._train(k, number + 1, 0, cell.overlap)
+            self._ahead[k] = {key: value - now[key] for key, value in _values(stages).items()}
         return {key: self._state.params[key] - now[key] for key in now}
 
-    def _restart(self, stages: Sequence[AdapterStage], residual: Parameters | None = None) -> None:
+    def _train(self, k: int, number: int, first: int, end: int) -> None:
+        """Inner steps [first, end) of round `number` on pipeline `k`."""
+        for step in range(first, end):
+            at = (number - 1) * self._cell.inner_steps + step
+            self._accumulate(self._pipelines[k], at, k, 1.0)
+            for stage in self._pipelines[k]:
+                stage.step(self._lr(at), 1.0)
+
+    def _restart(
+        self, stages: Sequence[AdapterStage], residual: Parameters | None = None, ahead: Parameters | None = None
+    ) -> None:
+        """Start from the reference, less what is kept of it, plus what was trained ahead."""
         start = self._state.params
         if residual is not None:
             start = {key: value - residual[key] for key, value in start.items()}
+        if ahead is not None:
+            start = {key: value + ahead[key] for key, value in start.items()}
         for stage in stages:
             stage.reset({key: v for key, v in start.items() if int(block_of(key)) in stage.span})
 
@@ -224,6 +244,10 @@ class Run:
                 stage.drop(0)
             total += label_loss(self._world.head, hidden, part)[0] * len(part)
         return total / len(rows)
+
+
+def _values(stages: Sequence[AdapterStage]) -> Parameters:
+    return {key: value for stage in stages for key, value in stage.values().items()}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, get_args
 
+import psutil
 import typer
 
 from benchmarks.processes import Json, Side, answer
@@ -33,6 +34,9 @@ class LinkProcess:
         shape = ["--delay-ms", str(delay_ms), "--mbit", str(mbit)]
         self._side = Side(stack, "links", ["benchmarks.links", *to, *shape], logs, {})
         self.ports = [int(port) for port in self._side.hear()["ports"]]
+
+    def family(self) -> list[psutil.Process]:
+        return self._side.family()
 
     def counts(self) -> list[Counts]:
         return self._tell({})

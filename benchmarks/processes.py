@@ -88,12 +88,16 @@ class Side:
 
     def logged(self, event: str) -> Json:
         """The fields of the last such event in the child's log."""
-        found: Json = {}
+        return next(reversed(self.all_logged(event)), {})
+
+    def all_logged(self, event: str) -> list[Json]:
+        """The fields of every such event in the child's log so far, in order."""
+        found: list[Json] = []
         for line in self._log.read_text(errors="replace").splitlines():
             with suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and entry.get("event") == event:
-                    found = entry
+                    found.append(entry)
         return found
 
     def stop(self) -> None:

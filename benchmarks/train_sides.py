@@ -261,10 +261,10 @@ class Stage:
         assert grad is not None
         return grad
 
-    async def begin_round(self, round: int) -> None:
+    async def begin_round(self, message: pb.BeginRound) -> None:
         pass
 
-    def end_round(self, message: pb.EndRound) -> None:
+    async def end_round(self, message: pb.EndRound) -> None:
         pass
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ def rules_of(spec: JobSpec, fruitless_generations: int) -> Rules:
         eval_every=spec.eval.every if spec.eval else 0,
         patience=spec.early_stopping.patience if spec.early_stopping else 0,
         min_delta=spec.early_stopping.min_delta if spec.early_stopping else 0.0,
+        overlap_steps=spec.schedule.overlap_steps,
     )
 
 

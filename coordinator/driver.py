@@ -179,8 +179,11 @@ class JobDriver:
         """The signed receipt. `submission` is stored if the event is; None where it is known not to be."""
         return await self._background.uncancelled(self._contribute(event, submission))
 
-    def lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> Lease:
-        """The pipeline's lease. Raises ContributionError: not the lead of one that trains in this round."""
+    def lease(self, caller: str, round: int, generation: int, pipeline_id: int) -> tuple[Lease, Lease | None]:
+        """The pipeline's lease, and what it holds ahead.
+
+        Raises ContributionError: the caller does not lead one that trains in this round.
+        """
         state = self._state
         pipeline = state.pipeline(pipeline_id) if round == state.round else None
         if pipeline is None or pipeline.generation != generation:
@@ -192,7 +195,7 @@ class JobDriver:
             raise ContributionError(
                 f"pipeline {pipeline_id} does not train in round {round}: {pipeline.reason or state.phase}"
             )
-        return lease
+        return lease, self._book.find(round, pipeline_id, ahead=True)
 
     async def abandon(
         self, caller: str, round: int, generation: int, pipeline_id: int, why: str, blamed: str = ""

@@ -52,8 +52,12 @@ def lines(
     match record:
         case RoundOpened(number):
             return [Line("round_opened", number, f"round {number} is open")]
-        case PipelinesFormed(number, _, pipelines):
-            return [Line("pipeline_formed", number, _formed(p), pipeline_id=p.pipeline_id) for p in pipelines]
+        case PipelinesFormed(number, _, pipelines, continued):
+            before = dict(continued)
+            return [
+                Line("pipeline_formed", number, _formed(p, p.pipeline_id in before), pipeline_id=p.pipeline_id)
+                for p in pipelines
+            ]
         case ContributionHeld(number, pipeline_id, held, whole):
             text = f"held, {held.inner_steps} inner steps{'; its pipeline is whole' if whole else ''}"
             size, tokens, loss = (submission.payload_size, submission.tokens, submission.loss) if submission else _NONE
@@ -111,9 +115,10 @@ def _stale(best: Best | None) -> str:
     return "" if best is None else f"the best is round {best.round}'s {best.loss:.4f}"
 
 
-def _formed(pipeline: Pipeline) -> str:
+def _formed(pipeline: Pipeline, goes_on: bool) -> str:
     members = ", ".join(f"{m.peer[-_SHORT_PEER:]} {m.span}" for m in pipeline.members)
-    return f"pipeline {pipeline.pipeline_id}, generation {pipeline.generation}: {members}"[:_MAX_TEXT]
+    how = ", goes on from the round before" if goes_on else ""
+    return f"pipeline {pipeline.pipeline_id}, generation {pipeline.generation}{how}: {members}"[:_MAX_TEXT]
 
 
 def _ids(pipeline_ids: tuple[int, ...]) -> str:

@@ -3,7 +3,9 @@
 A lease is the share of one pipeline in one round: ranges [start, end) of positions. Asking again
 returns the same lease. An accepted pipeline's lease is closed as far as it was trained; a lost or
 late one's is void. What is given back is leased again before any new positions, so that every
-position is accepted exactly once. In and out go frozen values; nothing here knows a clock or a disk.
+position is accepted exactly once. With rounds that overlap a pipeline holds a second lease ahead, for the
+round after: the next round's pipeline of the same nodes takes it over under its id; if there is none,
+it is void. In and out go frozen values; nothing here knows a clock or a disk.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Lease:
     pipeline_id: int
     ranges: tuple[Range, ...]
     state: LeaseState = LeaseState.OPEN
+    ahead: bool = False
+    """For the round after `round`."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Book:
     free: tuple[Range, ...] = ()
     open: tuple[Lease, ...] = ()
 
-    def find(self, round: int, pipeline_id: int) -> Lease | None:
-        """The pipeline's open lease."""
-        return next((x for x in self.open if (x.round, x.pipeline_id) == (round, pipeline_id)), None)
+    def find(self, round: int, pipeline_id: int, ahead: bool = False) -> Lease | None:
+        """The pipeline's open lease, or the one that it holds ahead."""
+        wanted = (round, pipeline_id, ahead)
+        return next((x for x in self.open if (x.round, x.pipeline_id, x.ahead) == wanted), None)
 
 
 def restore(leases: Iterable[Lease]) -> Book:
@@ -70,9 +75,9 @@ def restore(leases: Iterable[Lease]) -> Book:
     )
 
 
-def grant(book: Book, round: int, pipeline_id: int, count: int) -> tuple[Book, Lease]:
+def grant(book: Book, round: int, pipeline_id: int, count: int, ahead: bool = False) -> tuple[Book, Lease]:
     """Lease `count` positions: given-back ones first, lowest first. The same lease if it has one."""
-    existing = book.find(round, pipeline_id)
+    existing = book.find(round, pipeline_id, ahead)
     if existing is not None:
         return book, existing
     taken: list[Range] = []
@@ -88,8 +93,49 @@ def grant(book: Book, round: int, pipeline_id: int, count: int) -> tuple[Book, L
     high = book.high + wanted
     if wanted:
         taken.append(Range(book.high, high))
-    lease = Lease(book.next_id, round, pipeline_id, _merge(taken))
+    lease = Lease(book.next_id, round, pipeline_id, _merge(taken), ahead=ahead)
     return Book(book.next_id + 1, high, tuple(free), (*book.open, lease)), lease
+
+
+def form(
+    book: Book,
+    round: int,
+    pipeline_ids: Iterable[int],
+    count: int,
+    continued: Iterable[tuple[int, int]] = (),
+    ahead: bool = False,
+) -> tuple[Book, tuple[Lease, ...], tuple[Lease, ...]]:
+    """Lease to pipelines that are formed: the book, leases of the book before that changed, and new ones.
+
+    `continued`: (id, id in the round before) of pipelines that take over what was held ahead; what others
+    held ahead in earlier rounds is void. `ahead`: each gets a lease for the round after, too.
+    """
+    ids, changed, new = list(pipeline_ids), list[Lease](), list[Lease]()
+    for pipeline_id, before in continued:
+        held = book.find(round - 1, before, ahead=True)
+        if held is not None:
+            lease = replace(held, round=round, pipeline_id=pipeline_id, ahead=False)
+            book = replace(book, open=tuple(lease if x is held else x for x in book.open))
+            changed.append(lease)
+    book, ended = void_ahead(book, round)
+    taken = {lease.pipeline_id for lease in changed}
+    for later in (False, True) if ahead else (False,):
+        for pipeline_id in ids:
+            if later or pipeline_id not in taken:
+                book, lease = grant(book, round, pipeline_id, count, later)
+                new.append(lease)
+    return book, (*changed, *ended), tuple(new)
+
+
+def void_ahead(book: Book, before: int | None = None) -> tuple[Book, tuple[Lease, ...]]:
+    """Nothing is held ahead any more: by anybody, or in rounds before `before`."""
+    ended: list[Lease] = []
+    for held in book.open:
+        if held.ahead and (before is None or held.round < before):
+            book, lease = void(book, held.round, held.pipeline_id, ahead=True)
+            assert lease is not None, "it is open"
+            ended.append(lease)
+    return book, tuple(ended)
 
 
 def close(book: Book, round: int, pipeline_id: int, trained: int | None = None) -> tuple[Book, Lease | None]:
@@ -118,9 +164,9 @@ def _split(ranges: Iterable[Range], count: int) -> tuple[tuple[Range, ...], tupl
     return tuple(first), tuple(rest)
 
 
-def void(book: Book, round: int, pipeline_id: int) -> tuple[Book, Lease | None]:
+def void(book: Book, round: int, pipeline_id: int, ahead: bool = False) -> tuple[Book, Lease | None]:
     """The pipeline does not count: its positions are free again."""
-    book, lease = _end(book, round, pipeline_id, LeaseState.VOID)
+    book, lease = _end(book, round, pipeline_id, LeaseState.VOID, ahead)
     if lease is not None:
         book = _give_back(book, lease.ranges)
     return book, lease
@@ -134,8 +180,8 @@ def _give_back(book: Book, ranges: Iterable[Range]) -> Book:
     return replace(book, free=free, high=high)
 
 
-def _end(book: Book, round: int, pipeline_id: int, state: LeaseState) -> tuple[Book, Lease | None]:
-    lease = book.find(round, pipeline_id)
+def _end(book: Book, round: int, pipeline_id: int, state: LeaseState, ahead: bool = False) -> tuple[Book, Lease | None]:
+    lease = book.find(round, pipeline_id, ahead)
     if lease is None:
         return book, None
     remaining = tuple(x for x in book.open if x is not lease)

@@ -22,6 +22,7 @@ from coordinator.records import ContributionRecord, JobRecord, LogEntry, LogLine
 from coordinator.round_model import (
     ContributionHeld,
     JobChanged,
+    JobState,
     Phase,
     PipelineLost,
     PipelinesFormed,
@@ -144,10 +145,7 @@ class JobLedger:
                 storage.insert_round(job_id, round, Phase.OPEN, self._clock.unix(), generation)
             case PipelinesFormed(round, generation, pipelines):
                 storage.insert_pipelines(job_id, round, generation, pipelines)
-                # Leased with the forming, not when a lead asks: the order of calls decides nothing.
-                for pipeline in pipelines:
-                    book, lease = leases.grant(book, round, pipeline.pipeline_id, self._lease_positions)
-                    storage.insert_lease(job_id, lease)
+                book = self._lease(book, record)
             case ContributionHeld(round, pipeline_id, _, whole, took_s):
                 assert submission is not None, "a held contribution comes with its row"
                 storage.insert_contribution(job_id, submission)
@@ -172,6 +170,8 @@ class JobLedger:
                 book = self._commit(book, round, accepted)
             case JobChanged(state, reason, fruitless, order):
                 storage.set_job(job_id, state, reason, fruitless, order)
+                if state is not JobState.RUNNING:
+                    book = self._void_ahead(book)
             case SettingsStored(spec_json):
                 storage.set_next_spec(job_id, spec_json)
             case SettingsAdopted(spec_json):
@@ -187,12 +187,29 @@ class JobLedger:
                 book = leases.restore(storage.leases(job_id))
         return book
 
+    def _lease(self, book: Book, formed: PipelinesFormed) -> Book:
+        """Leased with the forming, not when a lead asks: the order of calls decides nothing."""
+        ids = [pipeline.pipeline_id for pipeline in formed.pipelines]
+        book, changed, new = leases.form(book, formed.round, ids, self._lease_positions, formed.continued, formed.ahead)
+        for lease in changed:
+            self._storage.set_lease(self._job_id, lease)
+        for lease in new:
+            self._storage.insert_lease(self._job_id, lease)
+        return book
+
+    def _void_ahead(self, book: Book, before: int | None = None) -> Book:
+        book, ended = leases.void_ahead(book, before)
+        for lease in ended:
+            self._storage.set_lease(self._job_id, lease)
+        return book
+
     def _exclude(self, book: Book, round: int, pipeline_id: int, reason: str) -> Book:
         """What the pipeline sent does not count, and its samples are free again."""
         self._give_verdict(round, (pipeline_id,), pb.VERDICT_LATE, reason)
-        book, lease = leases.void(book, round, pipeline_id)
-        if lease is not None:
-            self._storage.set_lease(self._job_id, lease)
+        for ahead in (False, True):
+            book, lease = leases.void(book, round, pipeline_id, ahead)
+            if lease is not None:
+                self._storage.set_lease(self._job_id, lease)
         return book
 
     def _commit(self, book: Book, round: int, accepted: tuple[int, ...]) -> Book:

@@ -60,6 +60,8 @@ class Rules:
     patience: int = 0
     """Evaluations without a better one that end the job; 0: none do."""
     min_delta: float = 0.0
+    overlap_steps: int = 0
+    """Inner steps of the next round that a pipeline does while its round is closed; 0: it waits."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Pipeline:
     took_s: float | None = None
     """From forming to whole, scaled to all inner steps; None if that is not known."""
     formed_s: float | None = None
-    """Monotonic; not stored."""
+    """Monotonic; not stored. Before the forming where it had done part of the round by then."""
+    whole_s: float | None = None
+    """When it became whole; monotonic, not stored."""
     repair: bool = False
     """Formed within a round, of the survivors of a pipeline that lost a node and idle ones."""
 
@@ -165,7 +169,7 @@ class RoundsState:
 
     def stored(self) -> RoundsState:
         """Without what is not stored."""
-        pipelines = tuple(replace(pipeline, formed_s=None) for pipeline in self.pipelines)
+        pipelines = tuple(replace(pipeline, formed_s=None, whole_s=None) for pipeline in self.pipelines)
         return replace(self, pipelines=pipelines, deadline_s=None, began_s=None, wrap_s=None)
 
     @property
@@ -211,9 +215,16 @@ class RoundOpened:
 
 @dataclass(frozen=True)
 class PipelinesFormed:
+    """`continued`: (id, id in the round before) of those that go on with the lease they hold ahead.
+
+    `ahead`: whether each gets a lease for the round after, too.
+    """
+
     round: int
     generation: int
     pipelines: tuple[Pipeline, ...]
+    continued: tuple[tuple[int, int], ...] = ()
+    ahead: bool = False
 
 
 @dataclass(frozen=True)

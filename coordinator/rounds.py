@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from coordinator.control import change, ordered, resumed, rewound
 from coordinator.deadline import RECENT
+from coordinator.overlap import continued, credited
 from coordinator.placement import PipelinePlan
 from coordinator.round_events import (
     Abandoned,
@@ -174,7 +175,8 @@ def refusal(state: RoundsState, event: Contribution) -> Reply | None:
     return None
 
 
-def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
+def _offered(state: RoundsState, event: Offer | NextRound, before: tuple[Pipeline, ...] = ()) -> Step:
+    """`before`: accepted pipelines of the round before, which may have gone on."""
     if state.job is not JobState.WAITING or state.phase is not Phase.OPEN:
         return state, ()
     wanted = state.rules.min_pipelines
@@ -191,6 +193,7 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
         Pipeline(first + number, generation, plan.members, formed_s=event.now_s)
         for number, plan in enumerate(event.plans)
     )
+    formed = credited(before, formed, state.rules)
     after = replace(
         state,
         job=JobState.RUNNING,
@@ -201,9 +204,14 @@ def _offered(state: RoundsState, event: Offer | NextRound) -> Step:
     )
     after = timed(after, event.now_s, state.attempts())
     return after, (
-        PipelinesFormed(state.round, generation, formed),
+        PipelinesFormed(state.round, generation, formed, continued(before, formed), _goes_ahead(state)),
         changed(after),
     )
+
+
+def _goes_ahead(state: RoundsState) -> bool:
+    """Whether the open round's pipelines may begin the next one."""
+    return state.rules.overlap_steps > 0 and state.round < state.rules.rounds
 
 
 def _contributed(state: RoundsState, event: Contribution) -> Step:
@@ -220,7 +228,8 @@ def _contributed(state: RoundsState, event: Contribution) -> Step:
     if whole and pipeline.formed_s is not None:
         share = event.inner_steps / state.rules.inner_steps if event.inner_steps else 1.0
         took_s = (event.now_s - pipeline.formed_s) / share
-    pipeline = replace(pipeline, held=together, standing=standing, took_s=took_s)
+    whole_s = event.now_s if whole else None
+    pipeline = replace(pipeline, held=together, standing=standing, took_s=took_s, whole_s=whole_s)
     after = swap(replace(state, fruitless=0), pipeline)
     records: tuple[Effect, ...] = (ContributionHeld(event.round, event.pipeline_id, held, whole, took_s),)
     if state.fruitless:
@@ -326,7 +335,7 @@ def _repair(state: RoundsState, spares: tuple[PipelinePlan, ...], now_s: float) 
         for number, plan in enumerate(plans)
     )
     after = replace(state, generation=generation, pipelines=(*state.pipelines, *formed))
-    return after, (PipelinesFormed(state.round, generation, formed),)
+    return after, (PipelinesFormed(state.round, generation, formed, ahead=_goes_ahead(state)),)
 
 
 def _committed(state: RoundsState, event: CommitNow) -> Step:
@@ -363,7 +372,9 @@ def _next_round(state: RoundsState, event: NextRound) -> Step:
         wrapping=False,
         deadline_s=None,
     )
-    after, effects = _offered(opened, event)
+    overlaps = state.rules.overlap_steps > 0 and state.job is JobState.RUNNING
+    before = state.with_standing(Standing.WHOLE) if overlaps else ()
+    after, effects = _offered(opened, event, before)
     if after.job is JobState.RUNNING:
         return after, (RoundOpened(opened.round, opened.generation), *effects)
     return after, (RoundOpened(opened.round, opened.generation), changed(after))

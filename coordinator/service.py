@@ -86,9 +86,11 @@ class CoordinatorService:
         """Raises JobNotFound, ContributionError."""
         async with self._heard(caller):
             driver = self._jobs.find(request.job_id)
-            lease = driver.lease(caller, request.round, request.generation, request.pipeline_id)
-        ranges = [pb.SampleRange(start=r.start, end=r.end) for r in lease.ranges]
-        return pb.LeaseReply(lease_id=lease.lease_id, ranges=ranges)
+            lease, ahead = driver.lease(caller, request.round, request.generation, request.pipeline_id)
+        reply = pb.LeaseReply(lease_id=lease.lease_id, ranges=views.sample_ranges(lease))
+        if ahead is not None:
+            reply.ahead.CopyFrom(pb.LeaseReply(lease_id=ahead.lease_id, ranges=views.sample_ranges(ahead)))
+        return reply
 
     async def contribute(self, caller: str, request: pb.ContributeRequest) -> pb.Receipt:
         """Raises JobNotFound, StorageError; what is wrong with the contribution is in the receipt."""

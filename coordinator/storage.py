@@ -311,17 +311,17 @@ class Storage:
         ):
             ranges.setdefault(lease_id, []).append(Range(start, end))
         return [
-            Lease(lease_id, round, pipeline_id, tuple(ranges[lease_id]), LeaseState(state))
-            for lease_id, round, pipeline_id, state in self._read(
-                "SELECT lease_id, round, pipeline_id, state FROM lease WHERE job_id = ? ORDER BY lease_id",
+            Lease(lease_id, round, pipeline_id, tuple(ranges[lease_id]), LeaseState(state), bool(ahead))
+            for lease_id, round, pipeline_id, state, ahead in self._read(
+                "SELECT lease_id, round, pipeline_id, state, ahead FROM lease WHERE job_id = ? ORDER BY lease_id",
                 job_id,
             )
         ]
 
     def insert_lease(self, job_id: str, lease: Lease) -> None:
         self._db.write(
-            "INSERT INTO lease VALUES (?, ?, ?, ?, ?)",
-            *(job_id, lease.lease_id, lease.round, lease.pipeline_id, lease.state.value),
+            "INSERT INTO lease VALUES (?, ?, ?, ?, ?, ?)",
+            *(job_id, lease.lease_id, lease.round, lease.pipeline_id, int(lease.ahead), lease.state.value),
         )
         self._insert_ranges(job_id, lease)
 
@@ -332,12 +332,12 @@ class Storage:
         )
 
     def set_lease(self, job_id: str, lease: Lease) -> None:
-        """Its state, and what is left of its ranges."""
+        """Its state, what is left of its ranges, and whose it is now."""
         self._db.write("DELETE FROM lease_range WHERE job_id = ? AND lease_id = ?", job_id, lease.lease_id)
         self._insert_ranges(job_id, lease)
         self._db.write(
-            "UPDATE lease SET state = ? WHERE job_id = ? AND lease_id = ?",
-            *(lease.state.value, job_id, lease.lease_id),
+            "UPDATE lease SET state = ?, round = ?, pipeline_id = ?, ahead = ? WHERE job_id = ? AND lease_id = ?",
+            *(lease.state.value, lease.round, lease.pipeline_id, int(lease.ahead), job_id, lease.lease_id),
         )
 
     # --- results ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.driver import JobDriver
+from coordinator.leases import Lease
 from coordinator.nodes import Node, Nodes
 from coordinator.records import AdapterFile, JobTotals, LogLine, Outcome, RoundSummary
 from coordinator.round_model import JobState, Phase, Standing
@@ -47,6 +48,10 @@ def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | No
         heldout=driver.job.heldout,
         heldout_size=driver.job.heldout_size,
     )
+
+
+def sample_ranges(lease: Lease) -> list[pb.SampleRange]:
+    return [pb.SampleRange(start=r.start, end=r.end) for r in lease.ranges]
 
 
 def idle_reason(drivers: Sequence[JobDriver], peer: str) -> str:

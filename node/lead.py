@@ -1,6 +1,7 @@
 """The lead's inner loop: samples in, loss at the head, gradients back through the pipeline.
 
 One call trains one round: H inner steps over the lease's samples, then the stages are told to contribute.
+With rounds that overlap, another call does the next round's first steps while this one is closed.
 The lead holds embedding, final norm and LM head, runs its own blocks locally and the others' over
 its chain; `node.step` drives a step through them. A step whose loss or gradient is not finite changes
 nothing, and is counted; a round without any other step is not contributed.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -50,6 +51,21 @@ class Progress:
     """The coordinator asks for what there is; written by the poll loop."""
 
 
+@dataclass
+class Tally:
+    """What a round's inner steps came to so far."""
+
+    tokens: int = 0
+    label_tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that were taken."""
+    skipped: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses) + self.skipped
+
+
 class LeadLoop:
     """Trains rounds of one job on one pipeline."""
 
@@ -72,51 +88,26 @@ class LeadLoop:
         self._progress = progress
         self._cut_tokens = 0
 
-    async def train_round(self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None) -> Work:
-        """H inner steps of the lease's samples, fewer if asked to wrap up.
+    async def train_round(
+        self, assignment: pb.Assignment, lease: pb.LeaseReply, chain: Chain | None, done: Tally | None = None
+    ) -> Work:
+        """H inner steps of the lease's samples, fewer if asked to wrap up. `done`: those that were done ahead.
 
         Raises PeerLost, whatever a stage reports, and ContributionError if every step was skipped.
         """
-        schedule, inner = self._spec.schedule, self._spec.inner
-        ranges = [(r.start, r.end) for r in lease.ranges]
+        schedule, tally = self._spec.schedule, done or Tally()
         driver = StepDriver(self._head, self._stage, self._compute, chain)
-        tokens, label_tokens, losses, skipped = 0, 0, list[float](), 0
-        for step in range(schedule.inner_steps):
-            if step and self._progress.wrap_up:
-                log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=step)
+        while tally.steps < schedule.inner_steps:
+            if tally.steps and self._progress.wrap_up:
+                log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=tally.steps)
                 break
-            began = time.monotonic()
-            batch = self._batch(ranges, step)
-            at = global_step(assignment.round, schedule.inner_steps, step)
-            lr = learning_rate(inner, at, schedule.rounds * schedule.inner_steps)
-            result = await driver.step(self._parts(batch, assignment), lr, inner.clip)
-            elapsed_s = time.monotonic() - began
-            if result.taken:
-                tokens += batch.tokens
-                label_tokens += batch.label_tokens
-                losses.append(result.loss)
-                self._progress.loss = result.loss
-            else:
-                skipped += 1
-            self._progress.round, self._progress.inner_step = assignment.round, step + 1
-            self._progress.skipped_steps, self._progress.tokens_per_s = skipped, batch.tokens / elapsed_s
-            log.log(
-                logging.INFO if result.taken else logging.WARNING,
-                "inner_step" if result.taken else "inner_step_skipped",
-                job=assignment.job_name,
-                round=assignment.round,
-                step=f"{step + 1}/{schedule.inner_steps}",
-                loss=round(result.loss, 4),
-                norm=round(result.norm, 4),
-                skipped_steps=skipped,
-                tokens_per_s=round(batch.tokens / elapsed_s),
-            )
+            await self._step(driver, assignment, assignment.round, lease, tally)
         if self._cut_tokens:
             log.warning("prompts_cut", job=assignment.job_name, tokens=self._cut_tokens, max_length=schedule.max_length)
             self._cut_tokens = 0
-        if not losses:
+        if not tally.losses:
             raise ContributionError(
-                f"all {skipped} inner steps of round {assignment.round} were skipped: their loss or gradient "
+                f"all {tally.skipped} inner steps of round {assignment.round} were skipped: their loss or gradient "
                 "was not finite",
                 "lower inner.lr, set inner.clip, or look at the data",
             )
@@ -124,12 +115,12 @@ class LeadLoop:
             round=assignment.round,
             generation=assignment.generation,
             pipeline_id=assignment.pipeline_id,
-            inner_steps=len(losses) + skipped,
-            tokens=tokens,
+            inner_steps=tally.steps,
+            tokens=tally.tokens,
             lease_id=lease.lease_id,
-            loss=sum(losses) / len(losses),
-            skipped_steps=skipped,
-            label_tokens=label_tokens,
+            loss=sum(tally.losses) / len(tally.losses),
+            skipped_steps=tally.skipped,
+            label_tokens=tally.label_tokens,
         )
         if chain is not None:
             await chain.end_round(
@@ -142,6 +133,50 @@ class LeadLoop:
                 )
             )
         return work
+
+    async def train_ahead(self, assignment: pb.Assignment, ahead: pb.LeaseReply, chain: Chain | None) -> Tally:
+        """The first inner steps of the round after `assignment`'s, as many as overlap.
+
+        Raises PeerLost, and whatever a stage reports.
+        """
+        driver, tally = StepDriver(self._head, self._stage, self._compute, chain), Tally()
+        while tally.steps < self._spec.schedule.overlap_steps:
+            await self._step(driver, assignment, assignment.round + 1, ahead, tally)
+        return tally
+
+    async def _step(
+        self, driver: StepDriver, assignment: pb.Assignment, number: int, lease: pb.LeaseReply, tally: Tally
+    ) -> None:
+        """The next inner step of round `number`."""
+        schedule, inner, step = self._spec.schedule, self._spec.inner, tally.steps
+        began = time.monotonic()
+        batch = self._batch([(r.start, r.end) for r in lease.ranges], step)
+        at = global_step(number, schedule.inner_steps, step)
+        lr = learning_rate(inner, at, schedule.rounds * schedule.inner_steps)
+        result = await driver.step(self._parts(batch, assignment), lr, inner.clip)
+        elapsed_s = time.monotonic() - began
+        if result.taken:
+            tally.tokens += batch.tokens
+            tally.label_tokens += batch.label_tokens
+            tally.losses.append(result.loss)
+            self._progress.loss = result.loss
+        else:
+            tally.skipped += 1
+        self._progress.round, self._progress.inner_step = number, tally.steps
+        self._progress.skipped_steps, self._progress.tokens_per_s = tally.skipped, batch.tokens / elapsed_s
+        log.log(
+            logging.INFO if result.taken else logging.WARNING,
+            "inner_step" if result.taken else "inner_step_skipped",
+            job=assignment.job_name,
+            round=number,
+            step=f"{tally.steps}/{schedule.inner_steps}",
+            loss=round(result.loss, 4),
+            norm=round(result.norm, 4),
+            skipped_steps=tally.skipped,
+            tokens_per_s=round(batch.tokens / elapsed_s),
+            tokens=batch.tokens,
+            seconds=round(elapsed_s, 4),
+        )
 
     def _batch(self, ranges: list[tuple[int, int]], step: int) -> Batch:
         schedule = self._spec.schedule

@@ -1,14 +1,21 @@
 """This node's part in one job, round by round: prepare, contribute, settle.
 
     prepare(round)   hold the parameters the round starts from: kept, updated, or from a snapshot
+    end_steps()      what the last inner step left, for the contribution
     contribute(…)    delta → error feedback → compress → to disk → upload → receipt
     settle(round)    final receipt and commit → apply the published update → to disk
+    carry(round)     in place of prepare, with rounds that overlap: what was trained since `end_steps` stays
 
 The reference parameters are the fp32 sum of decoded updates, added in the coordinator's order, and
 their hash is checked after every round; a mismatch fetches a snapshot. A contribution that was
 not accepted is void: its samples are leased again, so its delta does not enter the residual. Inner
 work that did not count leaves nothing behind: a round that is trained again, here or by a node that came
 back, starts from the moments that it started from before, and ends with the same bytes.
+
+With rounds that overlap, inner steps go on from the parameters as they are while the round is closed.
+Once its update is there the parameters become the new reference plus what was trained since the
+round's end (delayed DiLoCo): the own delta of the round, which the update contains as far as it was
+sent, is taken out with the old reference. The next delta is relative to the new reference as ever.
 """
 
 from __future__ import annotations
@@ -57,6 +64,16 @@ class Work:
     """Tokens that carried loss; the lead knows it."""
 
 
+@dataclass(frozen=True)
+class Ended:
+    """This node's blocks as the last inner step of a round left them."""
+
+    values: Parameters
+    moments: Parameters
+    steps: int
+    """That the optimizer has taken."""
+
+
 class JobMember:
     """One job on this node. Calls are serialized: a round is settled before the next is prepared."""
 
@@ -88,12 +105,17 @@ class JobMember:
         self._lineage = 0
         self._moments: tuple[Parameters, int] = ({}, 0)
         """AdamW's at the start of `_round`, as `AdapterStage.moments` gives them."""
+        self._ended: Parameters | None = None
+        """With rounds that overlap: the parameters since which inner steps may be carried into the next round."""
+        self._aside: Parameters | None = None
+        """What such steps have made of them, while the stage holds the reference."""
 
-    async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0) -> None:
+    async def prepare(self, round: int, base_hash: bytes = b"", lineage: int = 0, *, to_score: bool = False) -> None:
         """Hold the parameters that `round` starts from, with no inner work on top of them.
 
         `base_hash` is what the coordinator says all parameters hash to, `lineage` its number for the
         history they follow from: after rounds were discarded, what this node carried over is void.
+        `to_score`: only to look at them; what may be carried into the round is set aside, not dropped.
         """
         async with self._lock:
             if self._round == 0:
@@ -102,13 +124,55 @@ class JobMember:
                 await self._forget(lineage)
             if self._round != round or (base_hash and self._base_hash != base_hash):
                 await self._catch_up(round)
+            if not to_score:
+                self._ended = self._aside = None
+            elif self._ended is not None and self._aside is None:
+                self._aside = await self._compute.run(Priority.TRAIN, self.stage.values)
             await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
-            await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
+            if not to_score:
+                await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
 
-    async def contribute_and_settle(self, work: Work) -> pb.RoundReply:
-        """Send this node's delta of the round and see the round through to its end."""
+    async def end_steps(self) -> Ended:
+        """What the round's inner steps came to. Inner steps after it are the next round's."""
+
+        def look() -> Ended:
+            return Ended(self.stage.values(), *self.stage.moments())
+
+        ended = await self._compute.run(Priority.TRAIN, look)
+        self._ended = ended.values if self.spec.schedule.overlap_steps else None
+        self._aside = None
+        return ended
+
+    async def carry(self, round: int, base_hash: bytes) -> None:
+        """Hold what `round` starts from plus what was trained since `end_steps`.
+
+        Returns once the round before is settled. Raises JobConflict: there is nothing to go on from.
+        """
         async with self._lock:
-            await self._contribute(work)
+            if self._ended is None:
+                raise JobConflict(
+                    f"this node has trained nothing ahead for round {round} of job {self.job_id}",
+                    "nothing to do: the pipeline is formed again",
+                )
+            if self._round != round or (base_hash and self._base_hash != base_hash):
+                await self._catch_up(round)
+            ended, aside, reference = self._ended, self._aside, self._reference
+
+            def correct() -> None:
+                now = self.stage.values() if aside is None else aside
+                self.stage.reset({key: reference[key] + (now[key] - ended[key]) for key in reference})
+
+            await self._compute.run(Priority.TRAIN, correct)
+            self._ended = self._aside = None
+            log.info("carried", job=self.job_id, round=round)
+
+    async def contribute_and_settle(self, work: Work, ended: Ended) -> pb.RoundReply:
+        """Send this node's delta of the round and see the round through to its end.
+
+        `ended` is what `end_steps` gave; the stage may train on meanwhile.
+        """
+        async with self._lock:
+            await self._contribute(work, ended)
             return await self._settle(work.round)
 
     async def finish_pending(self) -> None:
@@ -130,13 +194,11 @@ class JobMember:
                 return
             await self._settle(pending.round)
 
-    async def _contribute(self, work: Work) -> None:
-        now = await self._compute.run(Priority.TRAIN, self.stage.values)
-        moments, steps = await self._compute.run(Priority.TRAIN, self.stage.moments)
+    async def _contribute(self, work: Work, ended: Ended) -> None:
         context = FrameContext(self.job_id, work.round, self._base_hash)
 
         def compress() -> tuple[bytes, Parameters]:
-            delta = {key: self._reference[key] - now[key] for key in now}
+            delta = {key: self._reference[key] - value for key, value in ended.values.items()}
             compressed = compress_with_feedback(delta, self._residual or None, self.spec.uplink, context)
             return compressed.frame, compressed.residual
 
@@ -157,7 +219,9 @@ class JobMember:
         )
         if work.loss is not None:
             request.loss = work.loss
-        pending = PendingContribution(work.round, request.SerializeToString(), payload, residual, moments, steps)
+        pending = PendingContribution(
+            work.round, request.SerializeToString(), payload, residual, ended.moments, ended.steps
+        )
         await asyncio.to_thread(self._folder.save_pending, pending)
         receipt = await self._upload(request, payload)
         log.info(
@@ -265,6 +329,7 @@ class JobMember:
         """Rounds were discarded: residual, moments and parameters are of a history that did not happen."""
         log.info("rounds_discarded", job=self.job_id, lineage=lineage)
         self._lineage, self._round, self._residual = lineage, 0, {}
+        self._ended = self._aside = None
         self._folder.clear_pending()
         self._moments = ({}, 0)
 

@@ -26,6 +26,7 @@ from swarm.ids import Span
 log = structlog.get_logger()
 _MAX_IN_FLIGHT = 64
 _OPTIMIZER_COPIES = 6  # parameter, gradient, two moments, reference, residual
+_OVERLAP_COPIES = 4  # parameters and two moments as a round ended, parameters set aside while a round is scored
 
 
 class AdapterStage:
@@ -41,7 +42,8 @@ class AdapterStage:
             )
         shapes = model.adapters.span_shapes(spec.method, span)
         count = sum(int(np.prod(shape)) for shape in shapes.values())
-        ledger.charge("optimizer", owner, count * 4 * _OPTIMIZER_COPIES)
+        copies = _OPTIMIZER_COPIES + (_OVERLAP_COPIES if spec.schedule.overlap_steps else 0)
+        ledger.charge("optimizer", owner, count * 4 * copies)
         self.span = span
         self.shapes = shapes
         self._model = model

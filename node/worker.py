@@ -3,7 +3,7 @@
 The poll is the heartbeat and brings the assignment. The lead of a pipeline (index 0) runs its
 rounds; the other stages wait for the lead's chain, which is accepted only if it is exactly the
 one the coordinator assigned. An assignment that changes ends what was going on for the old one,
-unless that is only waiting for its round to settle.
+unless that is only waiting for its round to settle, or training ahead for the new one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 
 from node.adapters import AdapterStore
+from node.ahead import Ahead, same_nodes
 from node.jobstate import JobFolder
-from node.lead import LeadLoop, Progress
+from node.lead import LeadLoop, Progress, Tally
 from node.link import Link
-from node.member import JobMember, Work
+from node.member import Ended, JobMember, Work
 from node.memory import Ledger
 from node.scoring import Scorer
 from node.serving import NodeModel
 from node.stage import AdapterStage
+from node.stage_session import StageSession
 from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
 from swarm.data.sources import Samples, open_samples
@@ -76,6 +77,7 @@ class Worker:
         self._assigned = asyncio.Condition()
         self._progress = Progress()
         self._lead_task: asyncio.Task[None] | None = None
+        self._ahead: Ahead | None = None
         self._scoring: tuple[pb.Assignment, asyncio.Task[None]] | None = None
         self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
@@ -144,6 +146,8 @@ class Worker:
         if self._lead_task is not None:
             await _cancel(self._lead_task)
             self._lead_task = None
+        if self._ahead is not None and not (new is not None and self._ahead.leads_to(new)):
+            await self._drop_ahead()
         if new is not None:
             # The round was formed anew, or discarded: what waits for the old forming would wait forever.
             round, settling = self._settling.get(new.job_id, (0, None))
@@ -158,6 +162,11 @@ class Worker:
             if new.index == 0:
                 self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
+
+    async def _drop_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            await ahead.drop()
 
     async def _member(self, assignment: pb.Assignment) -> JobMember:
         hop = assignment.hops[assignment.index]
@@ -186,33 +195,48 @@ class Worker:
     async def accept(self, caller: str, request: chain_pb2.Open) -> StageSession:
         """The stage of a lead's chain, if the coordinator assigned exactly this one. Raises SessionError."""
 
-        def matches() -> bool:
-            mine = self._assignment
+        def matches(mine: pb.Assignment) -> bool:
             return (
-                mine is not None
-                and mine.index == request.index
+                mine.index == request.index
                 and (mine.job_id, mine.pipeline_id, mine.generation)
                 == (request.job_id, request.pipeline_id, request.generation)
                 and [h.peer_id for h in mine.hops] == [h.peer_id for h in request.hops]
                 and mine.hops[0].peer_id == caller
             )
 
-        try:
-            async with asyncio.timeout(ASSIGNMENT_TIMEOUT_S), self._assigned:
-                await self._assigned.wait_for(matches)
-        except TimeoutError as error:
-            raise SessionError("the coordinator did not assign this training chain to this node") from error
-        assert self._assignment is not None
-        assignment = self._assignment
+        assignment = await self._when_assigned(matches)
         return StageSession(self, await self._member(assignment), assignment)
 
-    def settle_later(self, member: JobMember, work: Work) -> None:
-        """Contribute and settle a stage's round beside its chain, which may end meanwhile."""
-        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work)))
+    async def next_assignment(self, old: pb.Assignment, begin: chain_pb2.BeginRound) -> pb.Assignment:
+        """What a lead carries its chain into, once the coordinator assigned it. Raises SessionError: it did not."""
 
-    async def _settle(self, member: JobMember, work: Work) -> None:
+        def matches(mine: pb.Assignment) -> bool:
+            named = (begin.round, begin.pipeline_id, begin.generation)
+            same = (mine.job_id, mine.lineage, mine.index) == (old.job_id, old.lineage, old.index)
+            return same and (mine.round, mine.pipeline_id, mine.generation) == named and same_nodes(mine, old)
+
+        return await self._when_assigned(matches)
+
+    async def _when_assigned(self, matches: Callable[[pb.Assignment], bool]) -> pb.Assignment:
+        def matching() -> pb.Assignment | None:
+            mine = self._assignment
+            return mine if mine is not None and matches(mine) else None
+
         try:
-            await member.contribute_and_settle(work)
+            async with asyncio.timeout(ASSIGNMENT_TIMEOUT_S), self._assigned:
+                found: pb.Assignment | None = await self._assigned.wait_for(matching)
+        except TimeoutError as error:
+            raise SessionError("the coordinator did not assign this training chain to this node") from error
+        assert found is not None
+        return found
+
+    def settle_later(self, member: JobMember, work: Work, ended: Ended) -> None:
+        """Contribute and settle a node's round beside its chain, which may end meanwhile."""
+        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work, ended)))
+
+    async def _settle(self, member: JobMember, work: Work, ended: Ended) -> None:
+        try:
+            await member.contribute_and_settle(work, ended)
         except SwarmError as error:
             log.warning("round_failed", job=member.job_id, round=work.round, error=str(error))
             # Without effect once the contribution is held; else the round need not wait for it.
@@ -267,7 +291,9 @@ class Worker:
         loop = await self._lead_loop(assignment, member)
         where = f"{assignment.job_name}, held out"
         dataset = await self._samples(data, where, member.spec.schedule.max_length)
-        await member.prepare(following, lineage=assignment.lineage)
+        if self._ahead is not None:
+            await self._ahead.finished()  # the stages compute one thing at a time
+        await member.prepare(following, lineage=assignment.lineage, to_score=True)
 
         async def open_chain() -> Chain | None:
             if len(assignment.hops) == 1:
@@ -293,25 +319,46 @@ class Worker:
     async def _lead_round(self, assignment: pb.Assignment) -> None:
         member = await self._member(assignment)
         loop = await self._lead_loop(assignment, member)
-        await member.prepare(assignment.round, assignment.base_hash, assignment.lineage)
-        chain = None
+        lease_request = pb.LeaseRequest(
+            job_id=assignment.job_id,
+            round=assignment.round,
+            generation=assignment.generation,
+            pipeline_id=assignment.pipeline_id,
+        )
+        lease = await self._link.call(lambda client: client.lease(lease_request))
+        done, chain = await self._done_ahead(lease)
+        trains_on = False
         try:
-            if len(assignment.hops) > 1:
-                chain = await self._open_chain(assignment, member)
-                await chain.begin_round(assignment.round)
-            lease_request = pb.LeaseRequest(
-                job_id=assignment.job_id,
-                round=assignment.round,
-                generation=assignment.generation,
-                pipeline_id=assignment.pipeline_id,
-            )
-            lease = await self._link.call(lambda client: client.lease(lease_request))
-            work = await loop.train_round(assignment, lease, chain)
+            if done is not None:
+                if chain is not None:
+                    await chain.carry_into(assignment.round, assignment.pipeline_id, assignment.generation)
+                await member.carry(assignment.round, assignment.base_hash)
+            else:
+                await member.prepare(assignment.round, assignment.base_hash, assignment.lineage)
+                if len(assignment.hops) > 1:
+                    chain = await self._open_chain(assignment, member)
+                    await chain.begin_round(assignment.round)
+            work = await loop.train_round(assignment, lease, chain, done)
+            # From here on the round is the coordinator's: a new assignment must not end it.
+            self.settle_later(member, work, await member.end_steps())
+            if lease.HasField("ahead"):
+                steps = loop.train_ahead(assignment, lease.ahead, chain)
+                self._ahead = Ahead(assignment, lease.ahead.lease_id, chain, steps)
+                trains_on = True
         finally:
-            if chain is not None:
+            if chain is not None and not trains_on:
                 await chain.close()
-        # From here on the round is the coordinator's: a new assignment must not end it.
-        self.settle_later(member, work)
+
+    async def _done_ahead(self, lease: pb.LeaseReply) -> tuple[Tally | None, Chain | None]:
+        """What was trained of this lease already, once it is done, and the chain that it went over."""
+        if self._ahead is None:
+            return None, None
+        done = await self._ahead.finished() if self._ahead.lease_id == lease.lease_id else None
+        if done is None:
+            await self._drop_ahead()
+            return None, None
+        ahead, self._ahead = self._ahead, None
+        return done, ahead.chain
 
     async def _lead_loop(self, assignment: pb.Assignment, member: JobMember) -> LeadLoop:
         if self._head is None:
@@ -371,58 +418,7 @@ class Worker:
         for task in [self._lead_task, scoring, *(task for _, task in self._settling.values())]:
             if task is not None:
                 await _cancel(task)
-
-
-class StageSession:
-    """A lead's training chain on this node, bound to one assignment."""
-
-    def __init__(self, worker: Worker, member: JobMember, assignment: pb.Assignment) -> None:
-        self._worker = worker
-        self._member = member
-        self._assignment = assignment
-
-    def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
-        self._member.stage.admit(seq, shape_BTD)
-
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self._member.stage.forward(seq, hidden_BTD, input_grad=True)
-
-    def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
-        grad = self._member.stage.backward(seq, grad_BTD)
-        assert grad is not None  # input_grad was asked for in forward
-        return grad
-
-    def drop(self, seq: int) -> None:
-        self._member.stage.drop(seq)
-
-    def squared_norm(self) -> float:
-        return self._member.stage.squared_norm()
-
-    def step(self, lr: float, scale: float) -> None:
-        self._member.stage.step(lr, scale)
-
-    def skip(self) -> None:
-        self._member.stage.skip()
-
-    async def begin_round(self, round: int) -> None:
-        # A lead that scores a committed round asks for what the next one starts from.
-        own = round == self._assignment.round
-        await self._member.prepare(round, self._assignment.base_hash if own else b"", self._assignment.lineage)
-
-    def end_round(self, message: chain_pb2.EndRound) -> None:
-        work = Work(
-            round=message.round,
-            generation=self._assignment.generation,
-            pipeline_id=self._assignment.pipeline_id,
-            inner_steps=message.inner_steps,
-            tokens=message.tokens,
-            lease_id=message.lease_id,
-            skipped_steps=message.skipped_steps,
-        )
-        self._worker.settle_later(self._member, work)
-
-    def close(self) -> None:
-        """The chain ended; the member stays for the next one."""
+        await self._drop_ahead()
 
 
 def _same(old: pb.Assignment | None, new: pb.Assignment | None) -> bool:

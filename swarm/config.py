@@ -59,6 +59,8 @@ class Schedule(Settings):
     """A round starts once this many pipelines can be formed."""
     round_deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """A round freezes with what it has once this time has passed; auto: three times what pipelines took lately."""
+    overlap_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Inner steps of the next round that are done while this one's contributions and update travel; 0: none."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Share of a round's pipelines; once they are whole, the others have a short grace, then the round freezes."""
 
@@ -71,6 +73,12 @@ class Schedule(Settings):
     def _microbatches_fit(self) -> Schedule:
         if self.microbatches != "auto" and self.microbatches > self.batch_size:
             raise ValueError("microbatches is more than batch_size: a microbatch has at least one sample")
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Schedule:
+        if self.overlap_steps > self.inner_steps:
+            raise ValueError("overlap_steps is more than inner_steps: a round's update waits for the next one's end")
         return self
 
 

@@ -277,7 +277,17 @@ class Chain:
 
     async def begin_round(self, round: int) -> None:
         """Return once every hop holds the parameters that `round` starts from."""
-        await self._exchange("begin_round", round, self._inputs, pb.Frame(begin_round=pb.BeginRound(round=round)))
+        await self._begin(pb.BeginRound(round=round))
+
+    async def carry_into(self, round: int, pipeline_id: int, generation: int) -> None:
+        """As `begin_round`, with what every hop has trained since the end of the round before on top.
+
+        From then on the chain is of the pipeline named, which must have the same nodes.
+        """
+        await self._begin(pb.BeginRound(round=round, carry=True, pipeline_id=pipeline_id, generation=generation))
+
+    async def _begin(self, message: pb.BeginRound) -> None:
+        await self._exchange("begin_round", message.round, self._inputs, pb.Frame(begin_round=message))
 
     async def end_round(self, message: pb.EndRound) -> None:
         """Tell every hop to contribute its own blocks; returns when all have taken note."""

@@ -19,7 +19,9 @@ ROUNDS = 5
 JOB = """
 name: {name}
 data: {{train: train.jsonl}}
-schedule: {{rounds: {rounds}, inner_steps: {steps}, batch_size: 2, min_pipelines: {pipelines}, round_deadline_s: 120}}
+schedule:
+  {{rounds: {rounds}, inner_steps: {steps}, overlap_steps: {overlap}, batch_size: 2, min_pipelines: {pipelines},
+    round_deadline_s: 120}}
 """
 DEATHS = [
     "after commit ContributionHeld",
@@ -31,11 +33,12 @@ DEATHS = [
 """One in each state of a round: open with something acknowledged, frozen, aggregated, between, and just opened."""
 
 
-def write_job(folder: Path, name: str, rounds: int, steps: int, pipelines: int) -> Path:
+def write_job(folder: Path, name: str, rounds: int, steps: int, pipelines: int, overlap: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_sentiment_jsonl(folder / "train.jsonl", "train", 60)
     path = folder / f"{name}.yaml"
-    path.write_text(JOB.format(name=name, rounds=rounds, steps=steps, pipelines=pipelines))
+    text = JOB.format(name=name, rounds=rounds, steps=steps, pipelines=pipelines, overlap=overlap)
+    path.write_text(text)
     return path
 
 
@@ -132,3 +135,22 @@ def test_node_killed_in_the_middle_of_a_round(smollm2: Path, tmp_path: Path, vic
         # What the broken pipeline had leased was not counted, and nothing was counted twice.
         accepted = accepted_positions(swarm.root / "coordinator")
         assert len(accepted) == len(set(accepted)) == 2 * 4 * 2
+
+
+def test_a_stage_that_dies_while_its_pipeline_trains_ahead(smollm2: Path, tmp_path: Path) -> None:
+    """What was trained ahead is void; the stage comes back, and the round starts anew from the job's parameters."""
+    job = write_job(tmp_path / "job", "ahead", 3, 2, 1, overlap=2)
+    nodes = {"half-a": "0:15", "half-b": "15:30"}
+    with swarm_of(tmp_path / "swarm", smollm2, nodes, coordinator=True) as swarm:
+        swarm.run_json("job", "submit", str(job))
+        lead, stage = (next(p for p in swarm.processes if p.name == name) for name in nodes)
+        lead.wait_log("settled", round=1)
+        stage.kill()
+        swarm.node("half-b", "15:30").event()
+        wait_finished(swarm, "ahead")
+        lead.wait_log("settled", round=3)
+        assert settled_rounds(lead) == [1, 2, 3]
+        # Round 3 was begun ahead again.
+        lead.wait_log("carried", round=3)
+        accepted = accepted_positions(swarm.root / "coordinator")
+        assert len(accepted) == len(set(accepted)) == 3 * 2 * 2

@@ -93,6 +93,41 @@ SCENARIOS = {
         102 commit      => committed 0, open 2 | running 1.1 committed
         103 send d to 1 => reply late | running 1.1 committed
     """,
+    "rounds that overlap: a pipeline of the same nodes goes on, in the last round nobody trains ahead": """
+        0 begin overlap   => opened 1, form | waiting 1.0 open
+        0 offer ab cd     => formed ab:0 cd:1 ahead, job running | running 1.1 open
+        5 send a to 0     => held a, reply held | running 1.1 open
+        5 send b to 0     => held b whole, reply held | running 1.1 open
+        6 send c to 1     => held c, reply held | running 1.1 open
+        7 send d to 1     => held d whole, reply held, freeze 0+1, aggregate | running 1.1 frozen
+        8 aggregated      => aggregated, commit | running 1.1 aggregated
+        8 commit          => committed 0+1, open 2 | running 1.1 committed
+        9 next cd ab      => opened 2, formed cd:0 from 1 ab:1 from 0, job running | running 2.1 open
+    """,
+    "who was late or lost, or has other neighbours now, starts anew": """
+        0 begin overlap    => opened 1, form | waiting 1.0 open
+        0 offer ab cd ef   => formed ab:0 cd:1 ef:2 ahead, job running | running 1.1 open
+        2 lost e again gf  => lost 2, formed gf:3 again ahead | running 1.2 open
+        5 send a to 0      => held a, reply held | running 1.2 open
+        5 send b to 0      => held b whole, reply held | running 1.2 open
+        5 send g to 3      => held g, reply held | running 1.2 open
+        5 send f to 3      => held f whole, reply held | running 1.2 open
+        100 tick           => freeze 0+3 late 1, aggregate | running 1.2 frozen
+        101 aggregated     => aggregated, commit | running 1.2 aggregated
+        102 commit         => committed 0+3, open 2 | running 1.2 committed
+        102 next cd ba gf  => opened 2, formed cd:0 ba:1 gf:2 from 3, job running | running 2.1 open
+    """,
+    "after a pause nobody goes on from what it had trained ahead": """
+        0 begin overlap => opened 1, form | waiting 1.0 open
+        0 offer ab      => formed ab:0 ahead, job running | running 1.1 open
+        5 send a to 0   => held a, reply held | running 1.1 open
+        5 send b to 0   => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 pause         => job running | running 1.1 frozen
+        8 aggregated    => aggregated, commit | running 1.1 aggregated
+        8 commit        => committed 0, job paused | paused 1.1 committed
+        9 resume        => job waiting, open 2 | waiting 1.1 committed
+        9 next ab       => opened 2, formed ab:0, job running | running 2.1 open
+    """,
     "a lost pipeline does not hold up the others": """
         0 begin                       => opened 1, form | waiting 1.0 open
         0 offer ab cd                 => formed ab:0 cd:1, job running | running 1.1 open
@@ -463,6 +498,8 @@ def _play(state: RoundsState | None, now_s: float, what: str) -> tuple[RoundsSta
         deadline_s = None if "auto" in words else 100.0
         quorum = 0.75 if "quorum" in words else 1.0
         rules = Rules(2, deadline_s, int(words[2]) if "min" in words else 1, 3, quorum)
+        if "overlap" in words:
+            rules = replace(rules, inner_steps=10, overlap_steps=5)
         return begin(replace(rules, eval_every=int("scored" in words), patience=int("patience" in words)))
     assert state is not None
     if words[0] == "restart":
@@ -520,9 +557,15 @@ def _show(effect: Effect) -> str:
     match effect:
         case RoundOpened(number):
             return f"opened {number}"
-        case PipelinesFormed(_, _, pipelines):
-            words = ("".join(m.peer for m in p.members) + f":{p.pipeline_id}" for p in pipelines)
-            return f"formed {' '.join(words)}{' again' if pipelines[0].repair else ''}"
+        case PipelinesFormed(_, _, pipelines, continued, ahead):
+            before = dict(continued)
+            words = [
+                "".join(m.peer for m in p.members)
+                + f":{p.pipeline_id}"
+                + (f" from {before[p.pipeline_id]}" if p.pipeline_id in before else "")
+                for p in pipelines
+            ]
+            return f"formed {' '.join(words)}{' again' if pipelines[0].repair else ''}{' ahead' if ahead else ''}"
         case ContributionHeld(_, _, held, whole):
             return f"held {held.peer}{' whole' if whole else ''}"
         case PipelineLost(_, pipeline_id, _):

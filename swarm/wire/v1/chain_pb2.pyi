@@ -511,15 +511,28 @@ class BeginRound(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUND_FIELD_NUMBER: _builtins.int
+    CARRY_FIELD_NUMBER: _builtins.int
+    PIPELINE_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     round: _builtins.int
+    carry: _builtins.bool
+    """The chain goes on under another forming: every stage keeps what it trained since the end of the round
+    before, on top of the parameters that this round starts from.
+    """
+    pipeline_id: _builtins.int
+    """with carry: of the round"""
+    generation: _builtins.int
     def __init__(
         self,
         *,
         round: _builtins.int = ...,
+        carry: _builtins.bool = ...,
+        pipeline_id: _builtins.int = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carry", b"carry", "generation", b"generation", "pipeline_id", b"pipeline_id", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

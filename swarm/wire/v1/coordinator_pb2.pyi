@@ -392,20 +392,28 @@ class LeaseReply(_message.Message):
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     @_builtins.property
     def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleRange]:
         """Positions in the endless, seeded sample order (swarm.data.order); ranges [start, end)."""
+
+    @_builtins.property
+    def ahead(self) -> Global___LeaseReply:
+        """With rounds that overlap: the samples of the next round, to begin with while this one is closed. If the
+        next round's lease has this id, what was done counts; else it is void.
+        """
 
     def __init__(
         self,
         *,
         lease_id: _builtins.int = ...,
         ranges: _abc.Iterable[Global___SampleRange] | None = ...,
+        ahead: Global___LeaseReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "ranges", b"ranges"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "lease_id", b"lease_id", "ranges", b"ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

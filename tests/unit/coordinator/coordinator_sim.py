@@ -174,6 +174,8 @@ class SimNode:
     hashes: dict[int, bytes] = field(default_factory=dict)
     receipts: dict[int, pb.Receipt] = field(default_factory=dict)
     leased: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    ahead: dict[int, pb.LeaseReply] = field(default_factory=dict)
+    """What it was leased ahead, by the round it is for: the four nodes stay together."""
     lineage: int = 0
     slow_lead: str = ""
     """Pipelines led by the node of this name train until they are asked to wrap up: two inner steps."""
@@ -281,6 +283,11 @@ class SimNode:
             )
             key = (part.round, part.generation)
             self.leased[key] = [(r.start, r.end) for r in lease.ranges]
+            if part.round in self.ahead and not self.owner_interferes:
+                assert lease.lease_id == self.ahead[part.round].lease_id
+                assert list(lease.ranges) == list(self.ahead[part.round].ranges)
+            if lease.HasField("ahead"):
+                self.ahead[part.round + 1] = lease.ahead
         if self.is_slow(part):
             await self.asked_to_wrap_up(part)
         frame = self.frame(part)

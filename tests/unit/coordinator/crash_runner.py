@@ -56,6 +56,8 @@ JOBS: dict[str, tuple[dict[str, Any], Any]] = {
         {"schedule": SCHEDULE, "eval": {"data": "heldout.jsonl"}, "early_stopping": {"patience": 1}},
         None,
     ),
+    # Every pipeline takes over in the next round what it held ahead.
+    "overlap": ({"schedule": SCHEDULE | {"rounds": 3, "overlap_steps": 2}}, None),
     # What the job would have been without its owner, as far as that owner lets it go.
     "straight": ({"schedule": SCHEDULE | {"rounds": 3}}, None),
 }

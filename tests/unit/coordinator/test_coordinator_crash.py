@@ -135,3 +135,19 @@ def test_scores_may_be_cut_anywhere(tmp_path: Path, seed: int) -> None:
         for key in ("hashes", "closed", "accepted", "best"):
             assert result[key] == fault_free[key], where
         assert [kind for _, kind in result["log"]].count("round_scored") == 3, where
+
+
+def test_rounds_that_overlap_may_be_cut_anywhere(tmp_path: Path, seed: int) -> None:
+    """9: leases that are held ahead are taken over once, and by the same pipelines, whatever dies in between."""
+    fault_free, *killed = crash(tmp_path, "overlap", seed)
+    closed = positions(fault_free["closed"])
+    assert closed == list(range(36))
+    assert fault_free["positions"] == fault_free["closed"], (
+        "none was left over, and none is held ahead in the last round"
+    )
+    for result in killed:
+        where = f"killed at {result['name']}"
+        assert result["lives"] == [KILLED], where
+        for key in ("hashes", "positions", "closed", "accepted"):
+            assert result[key] == fault_free[key], where
+        assert result["lost"] == [], where

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.leases import Book, Lease, LeaseState, Range, close, grant, restore, void
+from coordinator.leases import Book, Lease, LeaseState, Range, close, form, grant, restore, void, void_ahead
 
 
 def test_asking_again_gives_the_same_lease() -> None:
@@ -37,6 +37,31 @@ def test_a_lease_that_was_trained_in_part_gives_the_rest_back() -> None:
     assert (book.free, book.high) == ((Range(3, 4),), 8)
     book, lease = grant(book, 3, 0, 3)
     assert lease.ranges == (Range(3, 4), Range(8, 10))
+
+
+def test_what_is_held_ahead_is_taken_over_under_its_id_or_free_again() -> None:
+    book, changed, (first, second, ahead, other) = form(Book(), 1, [0, 1], 4, ahead=True)
+    assert changed == ()
+    assert [lease.ranges for lease in (first, second, ahead, other)] == [(Range(at, at + 4),) for at in (0, 4, 8, 12)]
+    book, _ = close(book, 1, 0)
+    book, _ = close(book, 1, 1)
+    # Pipeline 0 goes on as pipeline 1; what pipeline 1 held ahead is leased to the one beside it, first of all.
+    book, changed, new = form(book, 2, [0, 1], 4, continued=[(1, 0)])
+    assert [(x.lease_id, x.round, x.pipeline_id, x.state, x.ahead) for x in changed] == [
+        (ahead.lease_id, 2, 1, LeaseState.OPEN, False),
+        (other.lease_id, 1, 1, LeaseState.VOID, True),
+    ]
+    assert [(lease.pipeline_id, lease.ranges) for lease in new] == [(0, other.ranges)]
+    assert book.find(2, 1) == changed[0]
+    assert (book.free, book.high) == ((), 16)
+
+
+def test_a_job_that_rests_holds_nothing_ahead() -> None:
+    book, _, _ = form(Book(), 1, [0, 1], 4, ahead=True)
+    book, ended = void_ahead(book)
+    assert {lease.state for lease in ended} == {LeaseState.VOID}
+    assert [lease.ahead for lease in book.open] == [False, False]
+    assert book.high == 8
 
 
 def test_ending_an_unknown_lease_changes_nothing() -> None:

@@ -34,6 +34,7 @@ from coordinator.round_model import (
     Commit,
     ContributionHeld,
     FormPipelines,
+    JobChanged,
     JobState,
     OpenNext,
     Phase,
@@ -66,10 +67,12 @@ class RoundsMachine(RuleBasedStateMachine):
         here=st.sets(PEERS, min_size=3),
         eval_every=st.integers(0, 2),
         patience=st.integers(0, 1),
+        overlap_steps=st.integers(0, 2),
     )
-    def start(self, min_pipelines: int, here: set[str], eval_every: int, patience: int) -> None:
+    def start(self, min_pipelines: int, here: set[str], eval_every: int, patience: int, overlap_steps: int) -> None:
         self.now_s = 0.0
-        self.state, effects = begin(Rules(3, 100.0, min_pipelines, 3, 0.5, 3, eval_every, patience))
+        rules = Rules(3, 100.0, min_pipelines, 3, 0.5, 3, eval_every, patience, overlap_steps=overlap_steps)
+        self.state, effects = begin(rules)
         self.here = here
         self.book = Book()
         self.all_leases: dict[int, Lease] = {}
@@ -96,19 +99,26 @@ class RoundsMachine(RuleBasedStateMachine):
                 case PipelinesFormed(number, generation, pipelines):
                     assert (number, generation) not in self.named, "a generation comes once, rewound or not"
                     self.named.add((number, generation))
-                    for pipeline in pipelines:
-                        self.book, lease = leases.grant(self.book, number, pipeline.pipeline_id, PER_LEASE)
-                        self.all_leases[lease.lease_id] = lease
+                    ids = [pipeline.pipeline_id for pipeline in pipelines]
+                    assert effect.ahead == (self.state.rules.overlap_steps > 0 and number < self.state.rules.rounds)
+                    self.book, changed, new = leases.form(
+                        self.book, number, ids, PER_LEASE, effect.continued, effect.ahead
+                    )
+                    taken = [lease for lease in changed if lease.state is LeaseState.OPEN]
+                    assert all(self.all_leases[lease.lease_id].ahead for lease in taken)
+                    # Fewer where the job had no next round when these were formed.
+                    assert len(taken) <= len(effect.continued)
+                    self.all_leases |= {lease.lease_id: lease for lease in (*changed, *new)}
                 case ContributionHeld(number, pipeline_id, held, _):
                     assert (number, pipeline_id, held.peer) not in self.held
                     self.held[number, pipeline_id, held.peer] = held.payload
                 case PipelineLost(number, pipeline_id, _):
-                    self._end(*leases.void(self.book, number, pipeline_id))
+                    self._exclude(number, pipeline_id)
                 case RoundFrozen(number, accepted, late):
                     assert accepted
                     assert not set(accepted) & set(late)
                     for pipeline_id in late:
-                        self._end(*leases.void(self.book, number, pipeline_id))
+                        self._exclude(number, pipeline_id)
                 case RoundCommitted(number, accepted):
                     for pipeline_id in accepted:
                         pipeline = self.state.pipeline(pipeline_id)
@@ -125,10 +135,18 @@ class RoundsMachine(RuleBasedStateMachine):
                     self.held = {key: payload for key, payload in self.held.items() if key[0] <= number}
                     self.accepted = {key for key in self.accepted if key[0] <= number}
                     self.pending.clear()
+                case JobChanged(job) if job is not JobState.RUNNING:
+                    self.book, ended = leases.void_ahead(self.book)
+                    self.all_leases |= {lease.lease_id: lease for lease in ended}
                 case FormPipelines() | Aggregate() | Commit() | OpenNext():
                     self.pending.append(effect)
                 case _:
                     pass
+
+    def _exclude(self, number: int, pipeline_id: int) -> None:
+        self._end(*leases.void(self.book, number, pipeline_id))
+        if self.book.find(number, pipeline_id, ahead=True) is not None:
+            self._end(*leases.void(self.book, number, pipeline_id, ahead=True))
 
     def _end(self, book: Book, lease: Lease | None) -> None:
         assert lease is not None, "every pipeline has a lease that ends once"
@@ -324,6 +342,8 @@ class RoundsMachine(RuleBasedStateMachine):
         if state.job in (JobState.WAITING, JobState.PAUSED):
             assert not active
             assert state.reason, "a job that does not run says why"
+        if state.job is not JobState.RUNNING:
+            assert not any(lease.ahead for lease in self.book.open), "nobody trains ahead"
         if state.order is not None:
             assert state.phase in (Phase.FROZEN, Phase.AGGREGATED), "an order waits for a commit, and for nothing else"
         if state.scorer is not None:

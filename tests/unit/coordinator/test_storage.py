@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from coordinator import database
 from coordinator.leases import Lease, LeaseState, Range
 from coordinator.placement import Member
 from coordinator.records import (
@@ -181,11 +183,38 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     _open(tmp_path).close()
-    database = sqlite3.connect(tmp_path / "coordinator.db")
-    database.execute("PRAGMA user_version = 99")
-    database.close()
+    connection = sqlite3.connect(tmp_path / "coordinator.db")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
     with pytest.raises(StorageError, match="schema 99"):
         _open(tmp_path)
+
+
+def test_leases_of_an_older_release_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema 6 makes the tables of leases anew."""
+    older, newest = tmp_path / "migrations", database._MIGRATIONS
+    older.mkdir()
+    for number, script in enumerate(sorted(newest.glob("*.sql")), start=1):
+        if number < 6:
+            shutil.copy(script, older)
+    monkeypatch.setattr(database, "_MIGRATIONS", older)
+    storage = _open(tmp_path / "data")
+    _with_job(storage)
+    with storage.transaction("lease"):
+        storage._db.write("INSERT INTO lease VALUES ('j1', 1, 1, 0, 'open')")
+        storage._db.write_many("INSERT INTO lease_range VALUES ('j1', 1, ?, ?)", [(0, 4), (9, 11)])
+    storage.close()
+    monkeypatch.setattr(database, "_MIGRATIONS", newest)
+    storage = _open(tmp_path / "data")
+    lease = Lease(1, 1, 0, (Range(0, 4), Range(9, 11)))
+    assert storage.leases("j1") == [lease]
+    ahead = Lease(2, 1, 0, (Range(11, 13),), ahead=True)
+    with storage.transaction("lease"):
+        storage.set_lease("j1", replace(lease, state=LeaseState.CLOSED))
+        storage.insert_lease("j1", ahead)
+    assert storage.leases("j1") == [replace(lease, state=LeaseState.CLOSED), ahead]
+    assert storage._db.rows("PRAGMA foreign_key_check") == []
+    storage.close()
 
 
 def test_commits_are_synchronous(tmp_path: Path) -> None:

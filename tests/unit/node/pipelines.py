@@ -101,10 +101,10 @@ class Hosted:
         assert gradient is not None
         return gradient
 
-    async def begin_round(self, round: int) -> None:
+    async def begin_round(self, message: pb.BeginRound) -> None:
         pass
 
-    def end_round(self, message: pb.EndRound) -> None:
+    async def end_round(self, message: pb.EndRound) -> None:
         pass
 
     def close(self) -> None:
