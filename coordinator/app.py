@@ -15,6 +15,7 @@ import structlog
 
 from coordinator.background import Background
 from coordinator.blobs import BlobBounds, Blobs
+from coordinator.blobstore import check_place, open_store
 from coordinator.driver import Shared
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
@@ -44,14 +45,15 @@ class Coordinator:
         identity: Signer,
         settings: CoordinatorSettings | None = None,
         clock: Clock | None = None,
+        blobs_at: str = "",
     ) -> Coordinator:
-        """Raises DataDirLocked, StorageError."""
+        """`blobs_at`: a folder or URL for complete blobs; empty: the data folder. Raises DataDirLocked, InputError,
+        StorageError."""
         settings = settings or CoordinatorSettings()
         clock = clock or SystemClock()
         storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point)
         try:
-            bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
-            blobs = await asyncio.to_thread(Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point)
+            blobs = await asyncio.to_thread(_open_blobs, data_dir, blobs_at, identity.peer_id, settings, clock)
             shared = Shared(
                 storage=storage,
                 blobs=blobs,
@@ -113,3 +115,11 @@ class Coordinator:
     def _delete(self, peer: str) -> None:
         with self._shared.storage.transaction("node lost"):
             self._shared.storage.delete_node(peer)
+
+
+def _open_blobs(data_dir: Path, place: str, owner: str, settings: CoordinatorSettings, clock: Clock) -> Blobs:
+    root, point = data_dir / "blobs", settings.durable_point
+    check_place(root, place)
+    store = open_store(place, root / "whole", owner, point)
+    bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
+    return Blobs(root / "partial", store, bounds, clock.monotonic, point)
