@@ -88,13 +88,23 @@ class Side:
 
     def logged(self, event: str) -> Json:
         """The fields of the last such event in the child's log."""
-        found: Json = {}
+        found = self.all_logged(event)
+        return found[-1] if found else {}
+
+    def all_logged(self, event: str) -> list[Json]:
+        """The fields of every such event in the child's log."""
+        found = []
         for line in self._log.read_text(errors="replace").splitlines():
             with suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and entry.get("event") == event:
-                    found = entry
+                    found.append(entry)
         return found
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log if the child has ended."""
+        if self._popen.poll() is not None:
+            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
 
     def stop(self) -> None:
         """End the child and wait for it. Safe to call twice."""
@@ -133,6 +143,19 @@ def start_node(
     usual = ("--join", join, "--blocks", span, "--threads", str(threads))
     dtype = () if "--dtype" in options else ("--dtype", "float32")
     return _start(stack, root, name, "node", "start", *usual, *dtype, *options)
+
+
+def start_coordinator(stack: ExitStack, root: Path, join: str) -> str:
+    """`swarm coordinator start`; returns the join string that names it."""
+    return str(_start(stack, root, "coordinator", "coordinator", "start", "--join", join, "--port", "0").hear()["join"])
+
+
+def run_command(*command: str) -> Json:
+    """A `swarm` command to its end, and what it printed with `--json`. Raises RuntimeError."""
+    done = subprocess.run([sys.executable, "-m", "swarm.cli", *command, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"swarm {' '.join(command)} failed:\n{done.stdout}{done.stderr}"[-4000:])
+    return dict(json.loads(done.stdout))
 
 
 def _start(stack: ExitStack, root: Path, name: str, *command: str) -> Side:

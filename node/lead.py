@@ -109,6 +109,8 @@ class LeadLoop:
                 loss=round(result.loss, 4),
                 norm=round(result.norm, 4),
                 skipped_steps=skipped,
+                tokens=batch.tokens,
+                took_s=round(elapsed_s, 3),
                 tokens_per_s=round(batch.tokens / elapsed_s),
             )
         if self._cut_tokens:

@@ -1,13 +1,13 @@
 """The adapters of one job on this node's blocks: forward, backward, optimizer.
 
-Called on the compute thread only. The frozen weights are shared with serving; parameters,
-gradients and AdamW's moments are float32 and belong to the job. A forward pass keeps its graph
-until the matching backward; gradients add up until a step or a skip.
+Called on the computing thread that trains, which gives way to serving between layers. The frozen weights are
+shared with serving; parameters, gradients and AdamW's moments are float32 and belong to the job. A forward
+pass keeps its graph until the matching backward; gradients add up until a step or a skip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -15,6 +15,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from node.layers import between_layers
 from node.memory import Ledger
 from node.recompute import RecomputeSwitch, kept_bytes, recomputed_bytes
 from node.serving import NodeModel
@@ -31,8 +32,18 @@ _OPTIMIZER_COPIES = 6  # parameter, gradient, two moments, reference, residual
 class AdapterStage:
     """One job's trainable part of a span."""
 
-    def __init__(self, model: NodeModel, span: Span, spec: JobSpec, ledger: Ledger, owner: str) -> None:
-        """Builds the view and injects the method. Raises OutOfMemory, UnsupportedModel, JobConflict (precision)."""
+    def __init__(
+        self,
+        model: NodeModel,
+        span: Span,
+        spec: JobSpec,
+        ledger: Ledger,
+        owner: str,
+        give_way: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Builds the view and injects the method. `give_way` is called between layers, forward and backward.
+
+        Raises OutOfMemory, UnsupportedModel, JobConflict (precision)."""
         if spec.precision == "float32" and model.shard.dtype != torch.float32:
             held = str(model.shard.dtype).removeprefix("torch.")
             raise JobConflict(
@@ -62,6 +73,9 @@ class AdapterStage:
         """Bytes by batch, from its admission to its gradient."""
         self._recomputed: set[int] = set()
         self._recompute = RecomputeSwitch(self._view.blocks)
+        between_layers(self._view.blocks, give_way)
+        self.give_way = give_way
+        """For what is computed beside the blocks."""
         self._autocast = spec.precision == "bfloat16"
         self.reason = ""
         """Why it is slower than it could be; empty: it is not."""

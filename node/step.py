@@ -142,7 +142,8 @@ class _Pass:
             await self._gradients.put(group.create_task(self._back(seq, gradient, last)))
 
     def _loss_of(self, output: torch.Tensor, part: Microbatch) -> Any:
-        return lambda: label_loss(self._head, output, part.batch.labels_BT, part.share, within=self._stage.precision())
+        stage = self._stage
+        return lambda: label_loss(self._head, output, part.batch.labels_BT, part.share, stage.precision, stage.give_way)
 
     async def _back(self, seq: int, gradient: torch.Tensor | None, last: bool) -> tuple[torch.Tensor | None, float]:
         return (gradient, 0.0) if self._chain is None else await self._chain.train_backward(seq, gradient, last)

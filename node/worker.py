@@ -169,7 +169,8 @@ class Worker:
             spec = job_from_json(assignment.spec_json)
             owner = f"job {assignment.job_name}"
             stage = await self._compute.run(
-                Priority.BACKGROUND, AdapterStage, self._model, span, spec, self._ledger, owner
+                Priority.BACKGROUND,
+                *(AdapterStage, self._model, span, spec, self._ledger, owner, self._compute.give_way),
             )
             folder = JobFolder(self._data_dir, assignment.job_id)
             adapters = self._model.adapters
