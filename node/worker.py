@@ -321,7 +321,9 @@ class Worker:
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
-        binding = TrainingBinding(assignment.job_id, assignment.pipeline_id, assignment.generation)
+        binding = TrainingBinding(
+            assignment.job_id, assignment.pipeline_id, assignment.generation, packs=member.spec.data.packing
+        )
         return await Chain.open(
             self._peer,
             hops,
@@ -374,8 +376,10 @@ class StageSession:
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         self._member.stage.admit(seq, shape_BTD)
 
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self._member.stage.forward(seq, hidden_BTD, input_grad=True)
+    def train_forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._member.stage.forward(seq, hidden_BTD, positions_BT, input_grad=True)
 
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         grad = self._member.stage.backward(seq, grad_BTD)
