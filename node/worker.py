@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from node.adapters import AdapterStore
+from node.datafiles import DataFiles
 from node.jobstate import JobFolder
 from node.lead import LeadLoop, Progress
 from node.link import Link
@@ -70,6 +71,7 @@ class Worker:
         self._adapters = adapters
         self._traffic = traffic
         self._data_dir = data_dir
+        self._data_files = DataFiles(data_dir, link)
         self._members: dict[str, JobMember] = {}
         self._assignment: pb.Assignment | None = None
         self._assigned = asyncio.Condition()
@@ -253,7 +255,7 @@ class Worker:
         """The held-out loss of the parameters that the next round starts from."""
         member = await self._member(assignment)
         digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
-        data = await self._link.call(lambda client: client.get_blob(digest, size))
+        data = await self._data_files.get(digest, size)
         loop = await self._lead_loop(assignment, member)
         where = f"{assignment.job_name}, held out"
         dataset = await self._samples(data, where, member.spec.schedule.max_length)
@@ -311,7 +313,7 @@ class Worker:
             self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
         digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
         if (digest, max_length) not in self._datasets:
-            data = await self._link.call(lambda client: client.get_blob(digest, size))
+            data = await self._data_files.get(digest, size)
             self._datasets = {(digest, max_length): await self._samples(data, assignment.job_name, max_length)}
         dataset = self._datasets[digest, max_length]
         return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
