@@ -2,9 +2,9 @@
 
 One process, the node's own training step (`node.step`) on all of SmolLM2-135M with LoRA r 8, float32, no network.
 Batches of `--batch` chats about one film sentence each (only the one-word answer is labelled), as the demo trains
-on, or of whole reviews of 60 to 120 words with every token labelled. The same samples are stepped on packed and in rows of
-their own in turn, in another order every round; each way has its own adapters, so `loss_gap` is the largest
-relative difference of their losses over the steps. Tokens are those of samples: padding does not count.
+on, or of whole reviews of 60 to 120 words with every token labelled. The same samples are stepped on packed and in
+rows of their own in turn, in another order every round; each way has its own adapters, so `loss_gap` is the
+largest relative difference of their losses over the steps. Tokens are those of samples: padding does not count.
 
     gain       tokens a second, packed over unpacked: the median over the rounds of neighbours in time
     padding    share of all positions computed that hold no token, packed and unpacked

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from swarm.model.shard import Head
 
-_ROWS = {"cpu": 64, "cuda": 4096}
+ROWS_AT_ONCE = {"cpu": 64, "cuda": 4096}
 """Positions whose logits are computed at once: they are as wide as the vocabulary, and whoever is served waits."""
 
 
@@ -40,7 +40,7 @@ def label_loss(
         return math.nan, gradient_BTD
     each, total = share / len(targets_N), 0.0
     gradients = []
-    rows = _ROWS[hidden_BTD.device.type]
+    rows = ROWS_AT_ONCE[hidden_BTD.device.type]
     for targets_R, hidden_RD in zip(targets_N.split(rows), hidden_ND.split(rows), strict=True):
         summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within())
         total += summed
