@@ -23,7 +23,7 @@ def between_layers(blocks: nn.ModuleList, stop: Callable[[], None]) -> None:
         stop()
         first = output if isinstance(output, torch.Tensor) else output[0]
         if isinstance(first, torch.Tensor) and first.requires_grad:
-            first.register_hook(before)
+            first.register_hook(before)  # type: ignore[no-untyped-call]
 
     def before(_: torch.Tensor) -> None:
         stop()

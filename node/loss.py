@@ -41,7 +41,7 @@ def label_loss(
     each, total = share / len(targets_N), 0.0
     gradients = []
     rows = ROWS_AT_ONCE[hidden_BTD.device.type]
-    for targets_R, hidden_RD in zip(targets_N.split(rows), hidden_ND.split(rows), strict=True):
+    for targets_R, hidden_RD in zip(torch.split(targets_N, rows), torch.split(hidden_ND, rows), strict=True):
         summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within())
         total += summed
         gradients.append(gradient_RD)

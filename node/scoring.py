@@ -77,8 +77,8 @@ def summed_loss(
     with torch.inference_mode():
         targets_BT = labels_BT[:, 1:].to(hidden_BTD.device)
         counted = targets_BT != -100
-        parts = zip(hidden_BTD[:, :-1][counted].split(rows), targets_BT[counted].split(rows), strict=True)
-        for hidden_RD, targets_R in parts:
+        hidden_ND, targets_N = hidden_BTD[:, :-1][counted], targets_BT[counted]
+        for hidden_RD, targets_R in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
             logits_RV = head.logits(hidden_RD)
             total += float(functional.cross_entropy(logits_RV.float(), targets_R, reduction="sum"))
             give_way()
