@@ -100,6 +100,11 @@ class Side:
                     found.append(entry)
         return found
 
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log if the child has ended."""
+        if self._popen.poll() is not None:
+            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
+
     def stop(self) -> None:
         """End the child and wait for it. Safe to call twice."""
         if self._popen.poll() is not None:
@@ -158,6 +163,14 @@ def start_node(
 def _start(stack: ExitStack, root: Path, name: str, *command: str, data: str = "") -> Side:
     folder = str(root / (data or name))
     return Side(stack, name, ["swarm.cli", *command, "--json", "--data-dir", folder], root, {})
+
+
+def run_command(*command: str) -> Json:
+    """A `swarm` command to its end, and what it printed with `--json`. Raises RuntimeError."""
+    done = subprocess.run([sys.executable, "-m", "swarm.cli", *command, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"swarm {' '.join(command)} failed:\n{done.stdout}{done.stderr}"[-4000:])
+    return dict(json.loads(done.stdout))
 
 
 async def answer(handle: Callable[[Json], Awaitable[Json]], **ready: object) -> None:

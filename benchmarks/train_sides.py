@@ -253,8 +253,10 @@ class Stage:
         self.step = stage.step
         self.skip = stage.skip
 
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self._stage.forward(seq, hidden_BTD, input_grad=True)
+    def train_forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._stage.forward(seq, hidden_BTD, positions_BT, input_grad=True)
 
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         grad = self._stage.backward(seq, grad_BTD)

@@ -204,7 +204,8 @@ class TrainingSwarm:
 
     def _counted(self) -> tuple[list[float], list[Counts]]:
         """CPU seconds of nodes and proxy, and what passed the links, so far."""
-        cpu_s = [cpu_seconds(process.family()) for process in (*self._nodes, self._links)]
+        families = [*(node.family() for node in self._nodes), self._links.family()]
+        cpu_s = [cpu_seconds(family) for family in families]
         return cpu_s, self._links.counts()
 
     def _stretch(self, job: str, number: int, steps: range, before: tuple[list[float], list[Counts]]) -> Stretch:
@@ -215,7 +216,7 @@ class TrainingSwarm:
         of_round = [step for step in every if step["round"] == number]
         first = every.index(of_round[0]) + steps[0] - 1
         chosen = every[first : first + len(steps)]
-        seconds = tuple(float(step["seconds"]) for step in chosen)
+        seconds = tuple(float(step["took_s"]) for step in chosen)
         return Stretch(
             ended_s - _unix_s(every[first - 1]) - sum(seconds),
             seconds,

@@ -16,7 +16,8 @@ import structlog
 
 from coordinator.background import Background
 from coordinator.blobs import BlobBounds, Blobs
-from coordinator.disk import Halt
+from coordinator.blobstore import check_place, open_store
+from coordinator.disk import Disk, Halt
 from coordinator.driver import Shared
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
@@ -48,18 +49,18 @@ class Coordinator:
         identity: Signer,
         settings: CoordinatorSettings | None = None,
         clock: Clock | None = None,
+        blobs_at: str = "",
     ) -> Coordinator:
-        """Raises DataDirLocked, StorageError."""
+        """`blobs_at`: a folder or URL for complete blobs; empty: the data folder. Raises DataDirLocked, InputError,
+        StorageError."""
         settings = settings or CoordinatorSettings()
         clock = clock or SystemClock()
         tripped, loop = asyncio.Event(), asyncio.get_running_loop()
         halt = Halt(lambda: loop.call_soon_threadsafe(tripped.set))
         storage = await asyncio.to_thread(Storage, data_dir, settings.durable_point, halt)
         try:
-            bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
-            blobs = await asyncio.to_thread(
-                Blobs, data_dir / "blobs", bounds, clock.monotonic, settings.durable_point, halt
-            )
+            disk = Disk(settings.durable_point, halt)
+            blobs = await asyncio.to_thread(_open_blobs, data_dir, blobs_at, identity.peer_id, settings, clock, disk)
             shared = Shared(
                 storage=storage,
                 blobs=blobs,
@@ -126,3 +127,13 @@ class Coordinator:
     def _delete(self, peer: str) -> None:
         with self._shared.storage.transaction("node lost"):
             self._shared.storage.delete_node(peer)
+
+
+def _open_blobs(
+    data_dir: Path, place: str, owner: str, settings: CoordinatorSettings, clock: Clock, disk: Disk
+) -> Blobs:
+    root = data_dir / "blobs"
+    check_place(root, place)
+    store = open_store(place, root / "whole", owner, disk)
+    bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
+    return Blobs(root / "partial", store, bounds, clock.monotonic, disk)

@@ -39,6 +39,8 @@ class CoordinatorStart:
     port: int = 31340
     announce_host: str = ""
     """Name or address that volunteers dial; empty: the one listened on."""
+    blobs: str = ""
+    """Folder or URL of complete blobs; empty: in the data folder."""
     settings: CoordinatorSettings = CoordinatorSettings()
 
 
@@ -62,7 +64,7 @@ async def run_coordinator(start: CoordinatorStart, ready: Callable[[JoinInfo], N
     async with AsyncExitStack() as stack:
         identity = Identity.load_or_create(data_dir / "identity.key")
         tls = ServerTls.load_or_create(data_dir)
-        coordinator = await Coordinator.open(data_dir, facts, identity, start.settings)
+        coordinator = await Coordinator.open(data_dir, facts, identity, start.settings, blobs_at=start.blobs)
         stack.push_async_callback(coordinator.close)
         server = RpcServer(COORDINATOR_SERVICE, coordinator.service, tls)
         stack.push_async_callback(server.stop)

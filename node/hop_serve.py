@@ -45,7 +45,7 @@ class _AdaptedHop(ChainHop):
                 view.load(adapter_id, self.server.model.adapters, files)
             return view
 
-        view = await self.server.compute.run(Priority.BACKGROUND, load)
+        view = await self.server.compute.run(Priority.PREFILL, load)
         view.in_use[adapter_id] = view.in_use.get(adapter_id, 0) + 1
         return view, adapter_id
 

@@ -30,7 +30,9 @@ class TrainStage(Protocol):
     """What this node's trainer offers to a lead's chain."""
 
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None: ...
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor: ...
+    def train_forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor: ...
     def drop(self, seq: int) -> None: ...
     def squared_norm(self) -> float: ...
@@ -66,19 +68,31 @@ class TrainHop(ChainHop):
         if packed is None:
             await self.send_on(pb.Frame(forward=reply))
         else:
-            await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, tensor=packed[0])), packed[1])
+            reply = pb.Forward(seq=message.seq, tensor=packed[0], position_ids=message.position_ids)
+            await self.send_on(pb.Frame(forward=reply), packed[1])
 
     async def _forward(self, message: pb.Forward, payload: bytes) -> _Packed | None:
         stage = self._ready()
-        stage.admit(message.seq, (*self.check_hidden(message.tensor, payload), self.server.model.width))
+        rows, columns = self.check_hidden(message.tensor, payload)
+        positions_BT = self._positions(message, rows, columns)
+        stage.admit(message.seq, (rows, columns, self.server.model.width))
         shard = self.server.model.shard
 
         def compute() -> _Packed | None:
             hidden = unpack(message.tensor, payload, shard.dtype, shard.device)
-            output = stage.train_forward(message.seq, hidden)
+            output = stage.train_forward(message.seq, hidden, positions_BT)
             return pack(output, self.encoding) if is_finite(output) else None
 
         return await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_FORWARD)
+
+    def _positions(self, message: pb.Forward, rows: int, columns: int) -> torch.Tensor | None:
+        """Position ids [B, T] of packed rows; None: every row is one sample. Raises ProtocolError."""
+        ids = list(message.position_ids)
+        if not ids:
+            return None
+        if len(ids) != rows * columns or max(ids) >= columns:
+            raise self.blame_sender(ProtocolError(f"{len(ids)} position ids that do not fit {rows} rows of {columns}"))
+        return torch.tensor(ids).reshape(rows, columns)
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
         stage = self._ready()

@@ -26,6 +26,7 @@ from swarm.config import JobSpec, Schedule
 from swarm.data.batch import Batch, batch_positions, collate
 from swarm.data.microbatch import Microbatch, split_batch
 from swarm.data.order import sample_index
+from swarm.data.packing import collate_packed
 from swarm.data.sources import Samples
 from swarm.errors import ContributionError
 from swarm.model.shard import Head
@@ -150,10 +151,10 @@ class LeadLoop:
         """The next inner step of round `number`."""
         schedule, inner, step = self._spec.schedule, self._spec.inner, tally.steps
         began = time.monotonic()
-        batch = self._batch([(r.start, r.end) for r in lease.ranges], step)
+        batch = self._batch([(r.start, r.end) for r in lease.ranges], step, len(assignment.hops))
         at = global_step(number, schedule.inner_steps, step)
         lr = learning_rate(inner, at, schedule.rounds * schedule.inner_steps)
-        result = await driver.step(self._parts(batch, assignment), lr, inner.clip)
+        result = await driver.step(self._parts(batch, len(assignment.hops)), lr, inner.clip)
         elapsed_s = time.monotonic() - began
         if result.taken:
             tally.tokens += batch.tokens
@@ -175,21 +176,26 @@ class LeadLoop:
             skipped_steps=tally.skipped,
             tokens_per_s=round(batch.tokens / elapsed_s),
             tokens=batch.tokens,
-            seconds=round(elapsed_s, 4),
+            took_s=round(elapsed_s, 4),
         )
 
-    def _batch(self, ranges: list[tuple[int, int]], step: int) -> Batch:
+    def _batch(self, ranges: list[tuple[int, int]], step: int, nodes: int) -> Batch:
         schedule = self._spec.schedule
         samples = []
         for position in batch_positions(ranges, step, schedule.samples_per_step):
             sample = self._dataset.encode(sample_index(position, len(self._dataset), schedule.seed))
             self._cut_tokens += sample.cut_tokens
             samples.append(sample)
-        return collate(samples, self._tokenizer.pad_token_id or 0)
+        pad_id = self._tokenizer.pad_token_id or 0
+        if self._spec.data.packing:
+            return collate_packed(samples, pad_id, self._count_parts(nodes), schedule.max_length)
+        return collate(samples, pad_id)
 
-    def _parts(self, batch: Batch, assignment: pb.Assignment) -> tuple[Microbatch, ...]:
-        schedule = self._spec.schedule
-        return split_batch(batch, microbatches(schedule, len(assignment.hops)) * schedule.accumulate)
+    def _parts(self, batch: Batch, nodes: int) -> tuple[Microbatch, ...]:
+        return split_batch(batch, self._count_parts(nodes))
+
+    def _count_parts(self, nodes: int) -> int:
+        return microbatches(self._spec.schedule, nodes) * self._spec.schedule.accumulate
 
     def heldout_batches(self, dataset: Samples) -> Iterator[Batch]:
         """The job's evaluation samples, the same ones every time. Raises DatasetError, UnsupportedModel."""

@@ -1,7 +1,9 @@
-"""The loss at the head of a training step, and its gradient. Compute thread only."""
+"""The loss at the head of a training step, and its gradient. On the computing thread that trains only."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,37 +11,64 @@ from torch.nn import functional
 
 from swarm.model.shard import Head
 
+ROWS_AT_ONCE = {"cpu": 64, "cuda": 4096}
+"""Positions whose logits are computed at once: they are as wide as the vocabulary, and whoever is served waits."""
+
 
 def label_loss(
     head: Head,
     hidden_BTD: torch.Tensor,
     labels_BT: torch.Tensor,
     share: float = 1.0,
-    within: AbstractContextManager[object] | None = None,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    give_way: Callable[[], None] = lambda: None,
 ) -> tuple[float, torch.Tensor]:
     """Mean cross-entropy over labelled positions times `share`, and its gradient [B, T, D].
 
     The next-token shift and the mean over the batch's labelled tokens are those of `transformers`'
     causal-LM loss; unlabelled positions are left out before the LM head instead of after it. `share`: the
     part of a batch's labelled tokens that these are (1 changes no bit). `within`: what logits are computed in.
+    `give_way` is called after every few positions.
     """
+    gradient_BTD = torch.zeros_like(hidden_BTD)
     if share == 0.0:  # no label: a mean over nothing would not be a number
-        return 0.0, torch.zeros_like(hidden_BTD)
+        return 0.0, gradient_BTD
+    targets_BT = labels_BT[:, 1:].to(hidden_BTD.device)
+    counted = targets_BT != -100
+    targets_N, hidden_ND = targets_BT[counted], hidden_BTD[:, :-1][counted].detach()
+    if not len(targets_N):
+        return math.nan, gradient_BTD
+    each, total = share / len(targets_N), 0.0
+    gradients = []
+    rows = ROWS_AT_ONCE[hidden_BTD.device.type]
+    for targets_R, hidden_RD in zip(torch.split(targets_N, rows), torch.split(hidden_ND, rows), strict=True):
+        summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within())
+        total += summed
+        gradients.append(gradient_RD)
+        give_way()
+    gradient_BTD[:, :-1][counted] = torch.cat(gradients)
+    return total * each, gradient_BTD
+
+
+def _summed_loss(
+    head: Head,
+    hidden_RD: torch.Tensor,
+    targets_R: torch.Tensor,
+    each: float,
+    within: AbstractContextManager[object],
+) -> tuple[float, torch.Tensor]:
+    """Summed cross-entropy, and the gradient [R, D] of that sum times `each`."""
     with torch.enable_grad():
-        hidden = hidden_BTD.detach().requires_grad_(True)
-        targets_BT = labels_BT[:, 1:].to(hidden.device)
-        counted = targets_BT != -100
-        with within or nullcontext():
-            logits_NV = head.logits(hidden[:, :-1][counted])
+        hidden = hidden_RD.requires_grad_(True)
+        with within:
+            logits_RV = head.logits(hidden)
         with torch.no_grad():
             # As cross_entropy and its backward pass have it, but in one tensor as wide as the vocabulary instead of
             # three: the probabilities replace their logarithms, and become the gradient.
-            targets_N = targets_BT[counted]
-            log_p_NV = functional.log_softmax(logits_NV.float(), dim=-1)
-            loss = float(functional.nll_loss(log_p_NV, targets_N) * share)
-            each = share / len(targets_N)
-            grad_NV = log_p_NV.exp_().mul_(each)
-            grad_NV[torch.arange(len(targets_N), device=grad_NV.device), targets_N] -= each
-        torch.autograd.backward(logits_NV, grad_NV.to(logits_NV.dtype))
+            log_p_RV = functional.log_softmax(logits_RV.float(), dim=-1)
+            summed = float(functional.nll_loss(log_p_RV, targets_R, reduction="sum"))
+            grad_RV = log_p_RV.exp_().mul_(each)
+            grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= each
+        torch.autograd.backward(logits_RV, grad_RV.to(logits_RV.dtype))
     assert hidden.grad is not None
-    return loss, hidden.grad
+    return summed, hidden.grad

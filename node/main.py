@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ from node.memory import Ledger, default_budget, use_one_arena
 from node.volunteer import Choices, Volunteer
 from node.worker import Worker
 from swarm.adapters.registry import read_adapter
+from swarm.baton import TRAINING_SHARE
 from swarm.compute import Compute
 from swarm.datadir import DataDir
 from swarm.errors import DeviceError, InputError
@@ -60,6 +62,8 @@ class NodeSettings:
     """START:END; empty: the span the swarm needs most, of as many blocks as fit."""
     adapters: tuple[tuple[str, str], ...] = ()
     """(name, folder or hub id) of adapters to announce and serve."""
+    training_share: float = TRAINING_SHARE
+    """Of the computing time, what training keeps while this node serves too; in [0, 1)."""
     peer: PeerSettings = PeerSettings()
 
 
@@ -119,7 +123,9 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         peer = await Peer.start(identity, settings.join.bootstrap, settings.peer)
         stack.push_async_callback(peer.stop)
         checkpoint = await open_or_fetch(peer, settings.join, settings.model, seal_hash=settings.join.seal_hash)
-        compute = Compute()
+        # A GPU is only asked to compute: what it still has to do stands before whoever is served next.
+        settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+        compute = Compute(settings.training_share, settle)
         stack.callback(compute.stop)
         volunteer = Volunteer(peer, checkpoint, ledger, compute, choices)
         span = await volunteer.settle()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from node.loss import ROWS_AT_ONCE
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
@@ -59,16 +60,26 @@ class Scorer:
             output = await run(Priority.TRAIN, lambda: stage.forward(0, hidden, input_grad=False))
             if chain is not None:
                 _, output = await chain.forward(output)
-            return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT)
+            return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT, stage.give_way)
         finally:
             if chain is not None:
                 await chain.close()
 
 
-def summed_loss(head: Head, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> float:
-    """Cross-entropy summed over the labelled positions, shifted as `transformers` shifts them."""
+def summed_loss(
+    head: Head, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, give_way: Callable[[], None] = lambda: None
+) -> float:
+    """Cross-entropy summed over the labelled positions, shifted as `transformers` shifts them.
+
+    `give_way` is called after every few positions.
+    """
+    total, rows = 0.0, ROWS_AT_ONCE[hidden_BTD.device.type]
     with torch.inference_mode():
         targets_BT = labels_BT[:, 1:].to(hidden_BTD.device)
         counted = targets_BT != -100
-        logits_NV = head.logits(hidden_BTD[:, :-1][counted])
-        return float(functional.cross_entropy(logits_NV.float(), targets_BT[counted], reduction="sum"))
+        hidden_ND, targets_N = hidden_BTD[:, :-1][counted], targets_BT[counted]
+        for hidden_RD, targets_R in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
+            logits_RV = head.logits(hidden_RD)
+            total += float(functional.cross_entropy(logits_RV.float(), targets_R, reduction="sum"))
+            give_way()
+    return total

@@ -92,7 +92,7 @@ class Sessions:
         size = self._model.kv_bytes(span, rows, expected_columns or _DEFAULT_COLUMNS)
         await self.admission.admit(session_id, opener, size, deadline_s, tell)
         try:
-            view = await self._compute.run(Priority.BACKGROUND, self._view, span, adapter_id, files)
+            view = await self._compute.run(Priority.PREFILL, self._view, span, adapter_id, files)
             if session_id in self._sessions:
                 raise SessionError("the session was opened twice at once")
             cache = SessionCache(view.view, rows)

@@ -1,13 +1,13 @@
 """The adapters of one job on this node's blocks: forward, backward, optimizer.
 
-Called on the compute thread only. The frozen weights are shared with serving; parameters,
-gradients and AdamW's moments are float32 and belong to the job. A forward pass keeps its graph
-until the matching backward; gradients add up until a step or a skip.
+Called on the computing thread that trains, which gives way to serving between layers. The frozen weights are
+shared with serving; parameters, gradients and AdamW's moments are float32 and belong to the job. A forward
+pass keeps its graph until the matching backward; gradients add up until a step or a skip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -15,13 +15,15 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from node.layers import between_layers
 from node.memory import Ledger
 from node.recompute import RecomputeSwitch, kept_bytes, recomputed_bytes
 from node.serving import NodeModel
 from swarm.adapters.registry import Parameters, get_values, set_values
 from swarm.config import JobSpec
-from swarm.errors import ContextTooLong, JobConflict, OutOfMemory, ProtocolError
+from swarm.errors import ContextTooLong, JobConflict, OutOfMemory, ProtocolError, UnsupportedModel
 from swarm.ids import Span
+from swarm.model.packed import keeps_apart
 
 log = structlog.get_logger()
 _MAX_IN_FLIGHT = 64
@@ -32,8 +34,18 @@ _OVERLAP_COPIES = 4  # parameters and two moments as a round ended, parameters s
 class AdapterStage:
     """One job's trainable part of a span."""
 
-    def __init__(self, model: NodeModel, span: Span, spec: JobSpec, ledger: Ledger, owner: str) -> None:
-        """Builds the view and injects the method. Raises OutOfMemory, UnsupportedModel, JobConflict (precision)."""
+    def __init__(
+        self,
+        model: NodeModel,
+        span: Span,
+        spec: JobSpec,
+        ledger: Ledger,
+        owner: str,
+        give_way: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Builds the view and injects the method. `give_way` is called between layers, forward and backward.
+
+        Raises OutOfMemory, UnsupportedModel (also of packed rows), JobConflict (precision)."""
         if spec.precision == "float32" and model.shard.dtype != torch.float32:
             held = str(model.shard.dtype).removeprefix("torch.")
             raise JobConflict(
@@ -64,6 +76,14 @@ class AdapterStage:
         """Bytes by batch, from its admission to its gradient."""
         self._recomputed: set[int] = set()
         self._recompute = RecomputeSwitch(self._view.blocks)
+        if spec.data.packing and not keeps_apart(self._view, model.width):
+            kind = model.checkpoint.config.model_type
+            raise UnsupportedModel(
+                f"models of type '{kind}' do not keep samples apart that share a row", "set data.packing to false"
+            )
+        between_layers(self._view.blocks, give_way)
+        self.give_way = give_way
+        """For what is computed beside the blocks."""
         self._autocast = spec.precision == "bfloat16"
         self.reason = ""
         """Why it is slower than it could be; empty: it is not."""
@@ -97,8 +117,11 @@ class AdapterStage:
         """What a forward pass runs in."""
         return torch.autocast(self._model.shard.device.type, torch.bfloat16) if self._autocast else nullcontext()
 
-    def forward(self, seq: int, hidden_BTD: torch.Tensor, *, input_grad: bool) -> torch.Tensor:
-        """Run the blocks and keep the graph. `input_grad`: whether backward must return the input's gradient."""
+    def forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None, *, input_grad: bool
+    ) -> torch.Tensor:
+        """Run the blocks and keep the graph. `input_grad`: whether backward must return the input's gradient.
+        `positions_BT`: position ids of packed rows; None: every row is one sample."""
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             raise ProtocolError(
                 f"{_MAX_IN_FLIGHT} batches wait for their gradients", "send gradients before more batches"
@@ -106,7 +129,9 @@ class AdapterStage:
         hidden = hidden_BTD.detach().requires_grad_(input_grad)
         self._recompute.on = seq in self._recomputed
         with torch.enable_grad(), self.precision():
-            output = self._view.forward(hidden)
+            output = self._view.forward(
+                hidden, positions_BT=None if positions_BT is None else positions_BT.to(hidden.device)
+            )
         self._in_flight[seq] = (hidden, output)
         return output.detach()
 

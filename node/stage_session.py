@@ -35,8 +35,10 @@ class StageSession:
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         self._member.stage.admit(seq, shape_BTD)
 
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return self._member.stage.forward(seq, hidden_BTD, input_grad=True)
+    def train_forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._member.stage.forward(seq, hidden_BTD, positions_BT, input_grad=True)
 
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         grad = self._member.stage.backward(seq, grad_BTD)

@@ -27,6 +27,7 @@ from node.loss import label_loss
 from node.stage import AdapterStage
 from node.turns import window
 from swarm.compute import Compute, Priority
+from swarm.data.batch import Batch
 from swarm.data.microbatch import Microbatch
 from swarm.model.shard import Head
 from swarm.net.chain import Chain
@@ -115,17 +116,22 @@ class _Pass:
             shape = (*part.batch.input_ids_BT.shape, self._head.width)
             self._stage.admit(number, shape)
 
-            def forward(number: int = number, ids_BT: torch.Tensor = part.batch.input_ids_BT) -> torch.Tensor | None:
-                hidden = self._head.embed(ids_BT).detach()
-                output = self._stage.forward(number, hidden, input_grad=False)
+            def forward(number: int = number, batch: Batch = part.batch) -> torch.Tensor | None:
+                hidden = self._head.embed(batch.input_ids_BT, batch.positions_BT).detach()
+                output = self._stage.forward(number, hidden, batch.positions_BT, input_grad=False)
                 return output if is_finite(output) else None
 
             output = await self._on_thread(forward, RANK_FORWARD)
             # Tasks start in the order in which they are made, and sending is first come first served.
-            await self._outputs.put(group.create_task(self._through(output)))
+            await self._outputs.put(group.create_task(self._through(output, part.batch.positions_BT)))
 
-    async def _through(self, output: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
-        return (0, output) if self._chain is None else await self._chain.train_forward(output)
+    async def _through(
+        self, output: torch.Tensor | None, positions_BT: torch.Tensor | None
+    ) -> tuple[int, torch.Tensor | None]:
+        if self._chain is None:
+            return 0, output
+        position_ids = () if positions_BT is None else positions_BT.flatten().tolist()
+        return await self._chain.train_forward(output, position_ids)
 
     async def _heads(self, group: asyncio.TaskGroup) -> None:
         for number, part in enumerate(self._parts):
@@ -142,7 +148,8 @@ class _Pass:
             await self._gradients.put(group.create_task(self._back(seq, gradient, last)))
 
     def _loss_of(self, output: torch.Tensor, part: Microbatch) -> Any:
-        return lambda: label_loss(self._head, output, part.batch.labels_BT, part.share, within=self._stage.precision())
+        stage = self._stage
+        return lambda: label_loss(self._head, output, part.batch.labels_BT, part.share, stage.precision, stage.give_way)
 
     async def _back(self, seq: int, gradient: torch.Tensor | None, last: bool) -> tuple[torch.Tensor | None, float]:
         return (gradient, 0.0) if self._chain is None else await self._chain.train_backward(seq, gradient, last)

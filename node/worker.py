@@ -18,6 +18,7 @@ import structlog
 
 from node.adapters import AdapterStore
 from node.ahead import Ahead, same_nodes
+from node.datafiles import DataFiles
 from node.jobstate import JobFolder
 from node.lead import LeadLoop, Progress, Tally
 from node.link import Link
@@ -72,6 +73,7 @@ class Worker:
         self._adapters = adapters
         self._traffic = traffic
         self._data_dir = data_dir
+        self._data_files = DataFiles(data_dir, link)
         self._members: dict[str, JobMember] = {}
         self._assignment: pb.Assignment | None = None
         self._assigned = asyncio.Condition()
@@ -179,7 +181,8 @@ class Worker:
             spec = job_from_json(assignment.spec_json)
             owner = f"job {assignment.job_name}"
             stage = await self._compute.run(
-                Priority.BACKGROUND, AdapterStage, self._model, span, spec, self._ledger, owner
+                Priority.BACKGROUND,
+                *(AdapterStage, self._model, span, spec, self._ledger, owner, self._compute.give_way),
             )
             folder = JobFolder(self._data_dir, assignment.job_id)
             adapters = self._model.adapters
@@ -287,7 +290,7 @@ class Worker:
         """The held-out loss of the parameters that the next round starts from."""
         member = await self._member(assignment)
         digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
-        data = await self._link.call(lambda client: client.get_blob(digest, size))
+        data = await self._data_files.get(digest, size)
         loop = await self._lead_loop(assignment, member)
         where = f"{assignment.job_name}, held out"
         dataset = await self._samples(data, where, member.spec.schedule.max_length)
@@ -368,7 +371,7 @@ class Worker:
             self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
         digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
         if (digest, max_length) not in self._datasets:
-            data = await self._link.call(lambda client: client.get_blob(digest, size))
+            data = await self._data_files.get(digest, size)
             self._datasets = {(digest, max_length): await self._samples(data, assignment.job_name, max_length)}
         dataset = self._datasets[digest, max_length]
         return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
@@ -378,7 +381,9 @@ class Worker:
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
-        binding = TrainingBinding(assignment.job_id, assignment.pipeline_id, assignment.generation)
+        binding = TrainingBinding(
+            assignment.job_id, assignment.pipeline_id, assignment.generation, packs=member.spec.data.packing
+        )
         return await Chain.open(
             self._peer,
             hops,

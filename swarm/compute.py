@@ -1,22 +1,24 @@
-"""One thread that runs torch, fed by a priority queue: of a node, and of a client for its head.
+"""What runs torch: of a node, and of a client for its head. One piece of work computes at any moment.
 
-The event loop never computes and the thread never does I/O. Work is ordered by kind, then by rank,
-then by arrival: a decoded token does not wait behind a training microbatch that was queued earlier.
-A running piece is never interrupted, so pieces are kept short (one block span, one batch).
+The event loop never computes and the computing threads never do I/O. Work is ordered by kind, then by rank,
+then by arrival. Serving and training have a thread each, because a decoded token cannot wait for the end of a
+microbatch: training asks between layers whether to give way (`give_way`), and `swarm.baton` decides, so that
+both keep their share. Otherwise a running piece is never interrupted, so pieces are kept short.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import heapq
 import itertools
-import queue
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from swarm.baton import TRAINING_SHARE, Baton, Side
 from swarm.errors import OutOfMemory
 
 T = TypeVar("T")
@@ -31,23 +33,32 @@ class Priority(enum.IntEnum):
     BACKGROUND = 3
 
 
-class Compute:
-    """The compute thread of one device. `stop` ends it after the piece that runs."""
+_SIDES = {
+    Priority.DECODE: Side.SERVE,
+    Priority.PREFILL: Side.SERVE,
+    Priority.TRAIN: Side.TRAIN,
+    Priority.BACKGROUND: Side.TRAIN,
+}
 
-    def __init__(self) -> None:
-        self._queue: queue.PriorityQueue[tuple[int, float, int, Callable[[], None] | None]] = queue.PriorityQueue()
+
+class Compute:
+    """The computing threads of one device. `stop` ends them after the piece that runs."""
+
+    def __init__(self, training_share: float = TRAINING_SHARE, settle: Callable[[], None] | None = None) -> None:
+        """As `swarm.baton.Baton` has them. Threads start with their first piece."""
+        self._baton = Baton(training_share, settle)
+        self._lanes = {side: _Lane(side, self._baton) for side in Side}
         self._order = itertools.count()
-        self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self.completed = 0
         """Pieces done since the start: progress, reported apart from liveness."""
-        self._thread.start()
 
     @property
     def waiting(self) -> int:
-        return self._queue.qsize()
+        return sum(lane.waiting for lane in self._lanes.values())
 
     async def run(self, priority: Priority, function: Callable[..., T], *args: Any, rank: float = 0.0) -> T:
-        """Run `function(*args)` on the thread and return its result. `rank`: lower runs first within a priority.
+        """Run `function(*args)` on a computing thread and return its result. `rank`: lower runs first within a
+        priority.
 
         Raises what it raises; running out of memory becomes OutOfMemory. If the caller is
         cancelled before its turn, the piece is skipped.
@@ -73,7 +84,7 @@ class Compute:
             self.completed += 1
             loop.call_soon_threadsafe(deliver, result, failure)
 
-        self._queue.put((priority, rank, next(self._order), piece))
+        self._lanes[_SIDES[priority]].put(priority, rank, next(self._order), piece)
         return await future
 
     def post(self, priority: Priority, piece: Callable[[], None]) -> None:
@@ -83,18 +94,60 @@ class Compute:
             piece()
             self.completed += 1
 
-        self._queue.put((priority, 0.0, next(self._order), counted))
+        self._lanes[_SIDES[priority]].put(priority, 0.0, next(self._order), counted)
+
+    def give_way(self) -> None:
+        """Called by a piece that trains, where serving may go first. Returns once it may go on."""
+        self._baton.give_way()
 
     def stop(self) -> None:
-        self._queue.put((-1, 0.0, next(self._order), None))
-        self._thread.join(timeout=30)
+        for lane in self._lanes.values():
+            lane.stop()
+
+
+class _Lane:
+    """One thread and what waits for it."""
+
+    def __init__(self, side: Side, baton: Baton) -> None:
+        self._side = side
+        self._baton = baton
+        self._pieces: list[tuple[int, float, int, Callable[[], None] | None]] = []
+        """A heap."""
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._pieces)
+
+    def put(self, priority: int, rank: float, number: int, piece: Callable[[], None] | None) -> None:
+        with self._changed:
+            heapq.heappush(self._pieces, (priority, rank, number, piece))
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=f"compute-{self._side.value}", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self.put(-1, 0.0, 0, None)
+            self._thread.join(timeout=30)
 
     def _work(self) -> None:
         while True:
-            *_, piece = self._queue.get()
-            if piece is None:
-                return
-            piece()
+            with self._changed:
+                self._changed.wait_for(lambda: self._pieces)
+            # Which piece it is shows once this side may compute: a later one may go before.
+            self._baton.take(self._side)
+            try:
+                with self._changed:
+                    *_, piece = heapq.heappop(self._pieces)
+                if piece is None:
+                    return
+                piece()
+            finally:
+                self._baton.give()
+            del piece  # it holds what it computed on
 
 
 def as_out_of_memory(error: Exception) -> OutOfMemory | None:

@@ -41,6 +41,8 @@ class DataSettings(Settings):
 
     train: Path
     """JSONL, one {"messages": [{"role", "content"}, …]} a line; loss on the assistant's text only."""
+    packing: bool = False
+    """Whether short samples of a step share rows, none seeing another."""
 
 
 class Schedule(Settings):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from swarm.baton import TRAINING_SHARE
 from swarm.cli.options import (
     DTYPE_NAMES,
     Announce,
@@ -103,6 +104,10 @@ def node_start(
         str, typer.Option(help="Memory this node may use, such as 8GiB; empty: most of what is free.")
     ] = "",
     blocks: Annotated[str, typer.Option(help="START:END; empty: the span the swarm needs most that fits.")] = "",
+    training_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.9, help="Of the computing time, what training keeps beside serving."),
+    ] = TRAINING_SHARE,
     host: Host = "127.0.0.1",
     port: Port = 0,
     announce: Announce = None,
@@ -143,6 +148,7 @@ def node_start(
             adapters=adapters,
             memory_bytes=memory_bytes,
             blocks=blocks,
+            training_share=training_share,
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
         )
 
@@ -163,6 +169,9 @@ def coordinator_start(
     port: Port = 31340,
     announce_host: Annotated[str, typer.Option(help="Host name or address that volunteers dial.")] = "",
     data_dir: DataDirOption = None,
+    blobs: Annotated[
+        str, typer.Option(help="Where data sets, updates and adapters are kept: a folder or a URL such as s3://….")
+    ] = "",
     join_file: JoinFile = None,
     as_json: Json = False,
     log_level: LogLevel = "info",
@@ -171,7 +180,9 @@ def coordinator_start(
 
     async def main() -> None:
         info = parse_join(join)
+        from coordinator.blobstore import check_url
 
+        check_url(blobs)
         from coordinator.main import CoordinatorStart, run_coordinator
 
         settings = CoordinatorStart(
@@ -181,6 +192,7 @@ def coordinator_start(
             host=host,
             port=port,
             announce_host=announce_host,
+            blobs=blobs,
         )
 
         def ready(named: JoinInfo) -> None:

@@ -30,6 +30,8 @@ class Batch:
     """All tokens but padding."""
     label_tokens: int
     """Tokens that carry loss: what the loss is averaged over."""
+    positions_BT: torch.Tensor | None = None
+    """int64 position ids of rows that hold several samples (`swarm.data.packing`); None: every row holds one."""
 
 
 def collate(samples: Sequence[EncodedSample], pad_id: int) -> Batch:

@@ -56,13 +56,17 @@ class ChatDataset:
 
 def load_chat_file(path: Path) -> ChatDataset:
     """Read and parse a chat file. Raises DatasetError, also when it cannot be read."""
+    return parse_chat_lines(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """Raises DatasetError."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DatasetError(
             f"cannot read {path}: {error.strerror or error}", "check the path and its permissions"
         ) from error
-    return parse_chat_lines(data, str(path))
 
 
 def parse_chat_lines(data: bytes, where: str) -> ChatDataset:

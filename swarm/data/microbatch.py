@@ -74,6 +74,7 @@ def _take(batch: Batch, rows: Sequence[int]) -> Batch:
         lengths=lengths,
         tokens=sum(lengths),
         label_tokens=int((labels_BT != IGNORED).sum()),
+        positions_BT=None if batch.positions_BT is None else batch.positions_BT[list(rows), : max(lengths)],
     )
 
 

@@ -1,6 +1,6 @@
 """What `data.train` may be, how it travels, and how a lead reads it back.
 
-At submission: a JSONL file of chats (travels as it is), a `.txt` file (one document), or a folder that
+At submission: a JSONL file of chats or of texts (travels as it is), a `.txt` file (one document), or a folder that
 `datasets.save_to_disk` wrote (a column `messages` or `text`; needs the optional `datasets` package).
 At the lead: the travelled bytes and the tokenizer become `Samples`, which encodes one by its index;
 every lead gets the same ones.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from swarm.data.chat import EncodedSample, encode_sample
-from swarm.data.dataset import ChatDataset, load_chat_file, parse_chat_lines
+from swarm.data.dataset import ChatDataset, parse_chat_lines, read_file
 from swarm.data.text import TextDataset, parse_text_lines, text_lines, text_pieces
 from swarm.errors import DatasetError
 
@@ -42,8 +42,7 @@ def load_source(path: Path) -> Travelling:
     elif path.suffix == ".txt":
         data = text_lines([_read_text(path)])
     else:
-        chats = load_chat_file(path)
-        return Travelling(path.read_bytes(), len(chats))
+        data = read_file(path)
     return Travelling(data, len(_parse(data, str(path))))
 
 

@@ -44,6 +44,13 @@ class TrainingBinding:
     job_id: str
     pipeline_id: int
     generation: int
+    packs: bool = False
+    """Whether rows may hold several samples."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What its hops must know."""
+        return ("step-frames", "packed-rows") if self.packs else ("step-frames",)
 
 
 def hop_to_proto(hop: Hop) -> common_pb2.Hop:
@@ -154,7 +161,7 @@ class Chain:
         terms = terms or SessionTerms()
         session_id = terms.session_id or uuid.uuid4().hex
         message = pb.Open(
-            hello=hello(model_hash, ("push",) if training is None else ("push", "step-frames")),
+            hello=hello(model_hash, ("push", *(() if training is None else training.features))),
             session_id=session_id,
             mode=mode,
             hops=[hop_to_proto(hop) for hop in hops],
@@ -209,13 +216,18 @@ class Chain:
             raise ProtocolError("a hop answered without hidden states")
         return seq, output
 
-    async def train_forward(self, hidden_BTD: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
-        """`forward` of a microbatch in training. None, both ways: there were no finite numbers."""
+    async def train_forward(
+        self, hidden_BTD: torch.Tensor | None, position_ids: Sequence[int] = ()
+    ) -> tuple[int, torch.Tensor | None]:
+        """`forward` of a microbatch in training. None, both ways: there were no finite numbers.
+
+        position_ids: of packed rows, one after the other.
+        """
         if hidden_BTD is None:
             self._seq += 1
             seq, frame, payload = self._seq, pb.Frame(forward=pb.Forward(seq=self._seq, void=True)), b""
         else:
-            seq, frame, payload = self._step(hidden_BTD, 0, _NO_EXTRAS)
+            seq, frame, payload = self._step(hidden_BTD, 0, StepExtras(position_ids=tuple(position_ids)))
         return seq, (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
 
     async def push(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> None:

@@ -12,8 +12,9 @@ from swarm.wire.v1 import common_pb2 as pb
 
 VERSION_MIN = 1
 VERSION_MAX = 1
-FEATURES = frozenset({"push", "train", "int8-activations", "step-frames"})
-"""step-frames: a training chain's optimizer step is a message of its own, after the last gradient."""
+FEATURES = frozenset({"push", "train", "int8-activations", "step-frames", "packed-rows"})
+"""step-frames: a training chain's optimizer step is a message of its own, after the last gradient.
+packed-rows: position ids that start again within a row of a training chain keep its samples apart."""
 
 
 def hello(model_hash: bytes = b"", required: tuple[str, ...] = ()) -> pb.Hello:

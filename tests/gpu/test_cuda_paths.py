@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from node.main import pick_device, pick_dtype
 from node.memory import Ledger, default_budget
 from node.serving import NodeModel
 from node.stage import AdapterStage
+from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
 from swarm.errors import OutOfMemory
 from swarm.ids import Span
@@ -72,6 +75,39 @@ def test_a_training_step_is_close_to_the_cpu(smollm2: Path, dtype: torch.dtype, 
         stage.set_moments(arrays, steps)
         stage.step(1e-3)
     assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < tolerance
+
+
+async def test_tokens_are_decoded_between_the_layers_of_a_training_step(smollm2: Path) -> None:
+    compute = Compute(training_share=0.0, settle=torch.cuda.synchronize)
+    model = node_model(smollm2, CUDA, torch.float32)
+    view, column = model.view(Span(0, 4)).view, torch.randn(1, 1, 576, device=CUDA)
+    loop, asked = asyncio.get_running_loop(), list[Future[torch.Tensor]]()
+
+    def decode() -> torch.Tensor:
+        with torch.inference_mode():
+            return view.forward(column, 0, view.new_cache()).cpu()
+
+    def give_way() -> None:  # on autograd's own thread in backward
+        asked.append(asyncio.run_coroutine_threadsafe(compute.run(Priority.DECODE, decode), loop))
+        while not compute.waiting:
+            pass
+        compute.give_way()
+
+    def step(stage: AdapterStage) -> torch.Tensor:
+        stage.reset(model.adapters.initial_span(SPEC.method, 0, Span(0, 4)))
+        output = stage.forward(0, torch.ones(2, 10, 576, device=CUDA), input_grad=True)
+        gradient = stage.backward(0, output)
+        assert gradient is not None
+        return gradient.cpu()
+
+    alone = step(AdapterStage(model, Span(0, 4), SPEC, Ledger(2**40), "alone"))
+    stage = AdapterStage(model, Span(0, 4), SPEC, Ledger(2**40), "busy", give_way)
+    assert torch.equal(await compute.run(Priority.TRAIN, step, stage), alone)
+    assert len(asked) > 4 * 7
+    expected = decode()
+    for each in asked:
+        assert torch.equal(await asyncio.wrap_future(each), expected)
+    compute.stop()
 
 
 def test_tensors_go_to_the_wire_and_back(smollm2: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.blobs import BlobBounds, Blobs, Progress
+from coordinator.blobstore import FolderStore
+from coordinator.disk import Disk
 from swarm.errors import CorruptData, FrameTooLarge, ProtocolError, StorageError
 from swarm.ids import sha256
 
@@ -34,7 +37,9 @@ def blobs(tmp_path: Path, clock: Clock) -> Blobs:
 
 def _open(root: Path, clock: Clock, point: object = None) -> Blobs:
     bounds = BlobBounds(max_blob_bytes=4096, max_partials=2, grace_s=60)
-    return Blobs(root, bounds, clock, point or (lambda name: None))  # type: ignore[arg-type]
+    told: Any = point or (lambda name: None)
+    disk = Disk(told)
+    return Blobs(root / "partial", FolderStore(root / "whole", disk), bounds, clock, disk)
 
 
 def test_pieces_become_a_blob(blobs: Blobs) -> None:

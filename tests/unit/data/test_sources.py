@@ -33,6 +33,13 @@ def test_chats_travel_as_they_are(tmp_path: Path) -> None:
     assert load_source(path).samples == 2
 
 
+def test_lines_of_texts_travel_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    source = load_source(path)
+    assert (source.data, source.samples) == (path.read_bytes(), 2)
+
+
 def test_text_is_cut_into_pieces_with_every_position_labelled(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text("abcdefghi", encoding="utf-8")

@@ -88,11 +88,13 @@ class Hosted:
     async def accept(self, caller: str, request: pb.Open) -> Hosted:
         return self
 
-    def train_forward(self, seq: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def train_forward(
+        self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.passes.append(f"F{seq}")
         self._held += 1
         self.most_held = max(self.most_held, self._held)
-        return self._stage.forward(seq, hidden_BTD, input_grad=True)
+        return self._stage.forward(seq, hidden_BTD, positions_BT, input_grad=True)
 
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         self.passes.append(f"B{seq}")
