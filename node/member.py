@@ -184,10 +184,13 @@ class JobMember:
         log.info("contribution_resumed", job=self.job_id, round=pending.round)
         async with self._lock:
             saved = await asyncio.to_thread(self._folder.load)
-            if saved is None or saved.round != pending.round:
+            if saved is not None and saved.round == pending.round:
+                self._adopt(saved)
+            elif saved is None and pending.round == FIRST_ROUND:
+                await asyncio.to_thread(self._initialize)  # before its first round is settled a job has no state
+            else:
                 self._folder.clear_pending()
                 return
-            self._adopt(saved)
             receipt = await self._upload(request, pending.payload)
             if receipt.verdict in _VOID:
                 self._folder.clear_pending()
