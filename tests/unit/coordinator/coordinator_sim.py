@@ -202,19 +202,19 @@ class SimNode:
     async def poll(self, seen: int = 0, wait_s: float = 0.0) -> pb.PollReply:
         return await self.service.poll(self.peer, pb.PollRequest(seen=seen, wait_s=wait_s))
 
-    async def assigned(self) -> pb.Assignment:
-        """Wait until there is an assignment."""
+    async def assigned(self, old: pb.Assignment | None = None) -> pb.Assignment:
+        """Wait until there is an assignment, and another one than `old`."""
         seen = 0
         while True:
             reply = await self.poll(seen, 30)
-            if reply.HasField("assignment"):
+            if reply.HasField("assignment") and (old is None or _part_of(reply.assignment) != _part_of(old)):
                 return reply.assignment
             seen = reply.version
 
     async def run(self) -> None:
         """Train whatever comes, until cancelled."""
         seen = 0
-        done: set[tuple[str, int, int, int]] = set()
+        done: set[tuple[str, int, int, int, int]] = set()
         while True:
             reply = await self.poll(seen, 30)
             seen = reply.version
@@ -222,7 +222,7 @@ class SimNode:
                 await self.register()
                 continue
             part = reply.assignment
-            key = (part.job_id, part.round, part.generation, part.pipeline_id)
+            key = _part_of(part)
             if part.score and part.index == 0:
                 await self.score(part)
             if not reply.HasField("assignment") or key in done:
@@ -503,3 +503,8 @@ async def meddle(service: CoordinatorService, job_id: str) -> None:
                 await service.pause_job(caller, pb.GetJobRequest(job=job_id))
             elif "job_rewound" in kinds and status.round >= 4:
                 await service.stop_job(caller, pb.GetJobRequest(job=job_id))
+
+
+def _part_of(part: pb.Assignment) -> tuple[str, int, int, int, int]:
+    """What one training of an assignment is of."""
+    return part.job_id, part.lineage, part.round, part.generation, part.pipeline_id

@@ -28,6 +28,7 @@ class Swarm:
         self.service = coordinator.service
         self.clock = clock
         self.nodes: dict[str, SimNode] = {}
+        self._ended: dict[str, pb.Assignment] = {}
 
     async def join(self, *named: tuple[str, Span]) -> list[SimNode]:
         nodes = [SimNode(self.service, name, span) for name, span in named]
@@ -54,9 +55,11 @@ class Swarm:
         await asyncio.gather(*(self.one(name) for name in names))
 
     async def one(self, name: str) -> pb.Receipt:
-        part = await self.nodes[name].assigned()
+        # What a node has just settled may still be assigned until the next round opens.
+        part = await self.nodes[name].assigned(self._ended.get(name))
         receipt = await self.nodes[name].train(part)
         await self.nodes[name].settle(part)
+        self._ended[name] = part
         return receipt
 
 
