@@ -1,11 +1,13 @@
 """What share of its time does a pipeline over home links compute, with rounds that overlap and with rounds that wait?
 
 A job of two nodes, each with a part of SmolLM2-135M in float32 and one thread: LoRA r 8 on all linear layers,
-H = 20 inner steps of 8 pieces of film reviews, every position labelled, codecs and 8-bit activations as a job has
-them by default. Real processes behind the shaping proxy (`benchmarks.links`): each node is dialled over a link of its
-own and dials the coordinator over another, all of 100 ms round trip and 20 Mbit/s each way. One job whose rounds
-wait, then one whose rounds overlap. In each, with the same processes, back to back: the first round over free
-links, the second one over the shaped ones, and the beginning of the third over free links again.
+H = 20 inner steps of 8 pieces of 256 tokens of film reviews, every position labelled, codecs and 8-bit activations
+as a job has them by default. Each piece is a microbatch: the first and the last crossing of a step are hidden behind
+nothing, and the smaller they are, the shorter. Real processes behind the shaping proxy (`benchmarks.links`): each
+node is dialled over a link of its own and dials the coordinator over another, all of 100 ms round trip and 20 Mbit/s
+each way. One job whose rounds wait, then one whose rounds overlap. In each, with the same processes, back to
+back: the first round over free links, the second one over the shaped ones, and the beginning of the third over
+free links again.
 
 A round goes from the end of the inner steps of the one before to the end of its own, so that everything is in it:
 contributing, aggregating, fetching the update, forming the pipeline, and H inner steps. What is not in
@@ -104,7 +106,7 @@ def main(
     overlap_steps: Annotated[int, typer.Option(min=1, help="Of the job whose rounds overlap.")] = 2,
     batch: Annotated[int, typer.Option(min=4, help="Pieces of an inner step.")] = 8,
     piece_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a piece.")] = 256,
-    microbatches: Annotated[int, typer.Option(min=0, help="Of a batch; 0: as a job has by default.")] = 0,
+    microbatches: Annotated[int, typer.Option(min=0, help="Of a batch; 0: as a job has by default.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, in every process.")] = 1,
     json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
