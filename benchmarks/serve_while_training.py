@@ -11,7 +11,7 @@ daemons and the coordinator. Three phases take turns, round by round:
     both       the job runs and the client decodes, one text after the other
 
     decode_p95_ratio   95th percentile of the time per token, both over idle
-    training_ratio     trained tokens a second, both over alone; whole rounds count, with all that ends one
+    training_ratio     trained tokens a second, both over alone; what ends a round counts where one ends within a phase
 
 Prefill is not timed; `first_token_s` says what it takes with the rest of a session's opening. All texts must be the
 same, token for token; else the exit status is 1.
@@ -50,7 +50,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=10, help="Of each phase in which the job runs.")] = 40.0,
     tokens: Annotated[int, typer.Option(min=8, help="Of a text.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, in every process.")] = 1,
-    inner_steps: Annotated[int, typer.Option(min=1, help="Of a round of the job.")] = 8,
+    inner_steps: Annotated[int, typer.Option(min=1, help="Of a round of the job.")] = 4,
     json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
 ) -> None:
