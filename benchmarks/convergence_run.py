@@ -40,6 +40,8 @@ PIPELINES = 4
 ROWS, TOKENS = 4, 64
 """Of an inner step's batch, of one pipeline."""
 EVAL_ROWS = 192
+EVAL_EVERY = 5
+"""Rounds. The last one is always scored."""
 WARMUP_STEPS = 5
 _SHARE_BYTES, _EACH_BYTES = 1.02, 4096
 _OUTER = OuterSettings(lr=1.0, momentum=0.5)
@@ -61,8 +63,8 @@ class Cell:
     outer: OuterSettings = _OUTER
     uplink: CodecSettings = _UPLINK
     downlink: CodecSettings = _DOWNLINK
-    retain: bool = False
-    """A pipeline starts a round from the reference less its own residual: what it could not send yet stays in it."""
+    start: Literal["reference", "own"] = "reference"
+    """As `inner.start`: own parameters hold what the pipeline could not send yet."""
     last_rounds: int = 0
     """So many rounds at the end are sent with `last_uplink`."""
     last_uplink: CodecSettings = _UPLINK
@@ -80,7 +82,7 @@ class Cell:
 @dataclass
 class Result:
     losses: list[float] = field(default_factory=list)
-    """Held out: before training and after every round (of so many steps, for DDP)."""
+    """Held out: before training and after some rounds (of so many steps, for DDP)."""
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     contributions: int = 0
@@ -131,8 +133,9 @@ class Run:
             else:
                 self._round(number)
                 self._restart(self._pipelines[0])
-            self.result.losses.append(self._evaluate())
-            tell(f"{self._cell.name}, round {number}: {self.result.losses[-1]:.4f}")
+            if number % EVAL_EVERY == 0 or number == self._cell.rounds:
+                self.result.losses.append(self._evaluate())
+                tell(f"{self._cell.name}, round {number}: {self.result.losses[-1]:.4f}")
         return self.result
 
     def _steps_together(self, number: int) -> None:
@@ -159,7 +162,7 @@ class Run:
                 continue
             context = FrameContext("convergence", number, base_hash)
             # What was kept in the parameters is in the delta already.
-            compressed = compress_with_feedback(delta, None if cell.retain else residual, uplink, context)
+            compressed = compress_with_feedback(delta, None if cell.start == "own" else residual, uplink, context)
             self._residuals[k] = compressed.residual
             self.result.uplink_bytes += round(len(compressed.frame) * _SHARE_BYTES) + _EACH_BYTES
             self.result.contributions += 1
@@ -177,7 +180,7 @@ class Run:
         With rounds that overlap, the next one's first steps are done too, and kept for its call.
         """
         cell, stages, ahead = self._cell, self._pipelines[k], self._ahead.pop(k, None)
-        self._restart(stages, self._residuals[k] if cell.retain else None, ahead)
+        self._restart(stages, self._residuals[k] if cell.start == "own" else None, ahead)
         self._train(k, number, 0 if ahead is None else cell.overlap, cell.inner_steps)
         now = _values(stages)
         if cell.overlap and number < cell.rounds:

@@ -16,6 +16,9 @@ With rounds that overlap, inner steps go on from the parameters as they are whil
 Once its update is there the parameters become the new reference plus what was trained since the
 round's end (delayed DiLoCo): the own delta of the round, which the update contains as far as it was
 sent, is taken out with the old reference. The next delta is relative to the new reference as ever.
+
+With `inner.start: own` a node does not go back to the reference: what it could not send stays in its parameters,
+and inner steps build on it. The delta then holds the residual without its being added.
 """
 
 from __future__ import annotations
@@ -128,9 +131,17 @@ class JobMember:
                 self._ended = self._aside = None
             elif self._ended is not None and self._aside is None:
                 self._aside = await self._compute.run(Priority.TRAIN, self.stage.values)
-            await self._compute.run(Priority.TRAIN, self.stage.reset, self._reference)
+            start = self._reference if to_score else self._start()
+            await self._compute.run(Priority.TRAIN, self.stage.reset, start)
             if not to_score:
                 await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
+
+    def _start(self) -> Parameters:
+        """What inner steps of `_round` start from."""
+        if self.spec.inner.start == "reference":
+            return self._reference
+        residual = self._residual
+        return {key: value - residual[key] if key in residual else value for key, value in self._reference.items()}
 
     async def end_steps(self) -> Ended:
         """What the round's inner steps came to. Inner steps after it are the next round's."""
@@ -156,11 +167,11 @@ class JobMember:
                 )
             if self._round != round or (base_hash and self._base_hash != base_hash):
                 await self._catch_up(round)
-            ended, aside, reference = self._ended, self._aside, self._reference
+            ended, aside, start = self._ended, self._aside, self._start()
 
             def correct() -> None:
                 now = self.stage.values() if aside is None else aside
-                self.stage.reset({key: reference[key] + (now[key] - ended[key]) for key in reference})
+                self.stage.reset({key: start[key] + (now[key] - ended[key]) for key in start})
 
             await self._compute.run(Priority.TRAIN, correct)
             self._ended = self._aside = None
@@ -202,7 +213,9 @@ class JobMember:
 
         def compress() -> tuple[bytes, Parameters]:
             delta = {key: self._reference[key] - value for key, value in ended.values.items()}
-            compressed = compress_with_feedback(delta, self._residual or None, self.spec.uplink, context)
+            # What inner steps started from holds the residual, and so does the delta.
+            carried = self._residual if self.spec.inner.start == "reference" else {}
+            compressed = compress_with_feedback(delta, carried or None, self.spec.uplink, context)
             return compressed.frame, compressed.residual
 
         payload, residual = await asyncio.to_thread(compress)

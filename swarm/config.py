@@ -97,6 +97,9 @@ class InnerSettings(Settings):
     """Largest norm of a step's gradient, over the adapters of all blocks together; unset: any."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """What the learning rate does after the warm-up, down to zero at the job's last inner step."""
+    start: Literal["reference", "own"] = "reference"
+    """What a node's inner steps of a round start from: the reference parameters, or those with what this node could
+    not send yet (its residual) still in them."""
 
 
 class EvalSettings(Settings):

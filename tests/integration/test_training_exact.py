@@ -118,6 +118,23 @@ def wait_for_job(swarm: Swarm, name: str, timeout_s: float = 400.0) -> dict[str,
     raise AssertionError(f"the job did not finish: {json.dumps(status)}")
 
 
+def test_a_node_that_starts_from_its_own_parameters_loses_nothing(
+    smollm2: Path, job_file: Path, local_run: tuple[list[float], Any], tmp_path: Path
+) -> None:
+    """One pipeline sends a twentieth of its delta and keeps the rest: it trains as if nothing were compressed."""
+    job = JOB.replace("name: exact", "name: own").replace(f"rounds: {STEPS}", "rounds: 4")
+    job = job.replace("weight_decay: 0.01", "weight_decay: 0.01, start: own").replace(
+        "uplink: {kind: dense}", "uplink: {density: 0.05, bits: 2}"
+    )
+    own = job_file.with_name("own.yaml")
+    own.write_text(job)
+    with swarm_of(tmp_path, smollm2, {"whole": "0:30"}, coordinator=True) as swarm:
+        swarm.run_json("job", "submit", str(own))
+        status = wait_for_job(swarm, "own")
+    losses = [r["loss"] for r in status["history"] if r["round"] > 0]
+    assert losses == pytest.approx(local_run[0][:4], rel=1e-4)
+
+
 def test_losses_and_adapter_equal_local_peft(
     finished: tuple[Swarm, dict[str, Any], Path], local_run: tuple[list[float], Any]
 ) -> None:
