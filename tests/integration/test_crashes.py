@@ -99,7 +99,7 @@ def test_a_coordinator_whose_disk_fails_ends_and_says_why(smollm2: Path, tmp_pat
         refused = swarm.run("job", "submit", str(job))
         assert refused.returncode == 1
         assert coordinator.popen.wait(timeout=30) == 1
-        assert "SW703 cannot store a piece" in coordinator.log_tail()
+        assert "SW703: cannot store a piece" in coordinator.log_tail()
         start_dying(swarm, port, "")
         assert swarm.run_json("job", "list") == []
         swarm.run_json("job", "submit", str(job))
