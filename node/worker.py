@@ -75,6 +75,8 @@ class Worker:
         self._data_dir = data_dir
         self._data_files = DataFiles(data_dir, link)
         self._members: dict[str, JobMember] = {}
+        self._making = asyncio.Lock()
+        self._resuming: tuple[pb.Assignment, asyncio.Task[None]] | None = None
         self._assignment: pb.Assignment | None = None
         self._assigned = asyncio.Condition()
         self._progress = Progress()
@@ -150,6 +152,11 @@ class Worker:
             self._lead_task = None
         if self._ahead is not None and not (new is not None and self._ahead.leads_to(new)):
             await self._drop_ahead()
+        if self._resuming is not None and not (
+            new is not None and new.job_id == self._resuming[0].job_id and new.round > self._resuming[0].round
+        ):
+            await _cancel(self._resuming[1])
+            self._resuming = None
         if new is not None:
             # The round was formed anew, or discarded: what waits for the old forming would wait forever.
             round, settling = self._settling.get(new.job_id, (0, None))
@@ -164,13 +171,30 @@ class Worker:
             if new.index == 0:
                 self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
+            elif new.job_id not in self._members:
+                self._resuming = (new, asyncio.create_task(self._resume(new)))
 
     async def _drop_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await ahead.drop()
 
+    async def _resume(self, assignment: pb.Assignment) -> None:
+        """A stage that came back after its lead had ended the round: nobody will call it for that round any more,
+        but the contribution that it had begun may be missing."""
+        folder = JobFolder(self._data_dir, assignment.job_id)
+        if await asyncio.to_thread(folder.load_pending) is None:
+            return
+        try:
+            await self._member(assignment)
+        except SwarmError as error:
+            log.warning("resume_failed", job=assignment.job_name, round=assignment.round, error=str(error))
+
     async def _member(self, assignment: pb.Assignment) -> JobMember:
+        async with self._making:
+            return await self._member_alone(assignment)
+
+    async def _member_alone(self, assignment: pb.Assignment) -> JobMember:
         hop = assignment.hops[assignment.index]
         span = Span(hop.span.start, hop.span.end)
         member = self._members.get(assignment.job_id)
@@ -420,7 +444,8 @@ class Worker:
 
     async def _end_all(self) -> None:
         scoring = None if self._scoring is None else self._scoring[1]
-        for task in [self._lead_task, scoring, *(task for _, task in self._settling.values())]:
+        resuming = None if self._resuming is None else self._resuming[1]
+        for task in [self._lead_task, scoring, resuming, *(task for _, task in self._settling.values())]:
             if task is not None:
                 await _cancel(task)
         await self._drop_ahead()

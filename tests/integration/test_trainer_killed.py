@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -81,3 +82,29 @@ def test_a_trainer_killed_in_the_middle_of_a_step(pair: Pair, undisturbed: list[
     pair.kill_and_start(victim)
     assert pair.hashes(name) == undisturbed
     assert pair.positions(name) == list(range(ROUNDS * STEPS * BATCH))
+
+
+def test_a_stage_killed_before_its_contribution_is_held(pair: Pair, undisturbed: list[str]) -> None:
+    """TRUST.md, 7 and 8: its lead does not call it again in that round; it goes on by itself, before any deadline."""
+    swarm, coordinator = pair.swarm, next(p for p in pair.swarm.processes if p.name == "coordinator")
+    pair.submit("held")
+    pair.front_logs("inner_step", "held", round=1, step=f"{STEPS - 1}/{STEPS}")
+    coordinator.popen.send_signal(signal.SIGSTOP)  # whatever the stage sends now stays unanswered
+    try:
+        wait_for_file(swarm.root / "back" / "jobs", "*/pending.safetensors")
+        pair.by_name["back"].kill()
+    finally:
+        coordinator.popen.send_signal(signal.SIGCONT)
+    pair.by_name["back"] = swarm.node("back", SPANS["back"])
+    pair.by_name["back"].wait_log("contribution_resumed", round=1)
+    assert pair.hashes("held") == undisturbed
+    history = swarm.run_json("job", "status", "held")["history"]
+    assert [entry["round"] for entry in history if entry["phase"] == "committed"][-ROUNDS:] == [1, 2]
+    assert pair.positions("held") == list(range(ROUNDS * STEPS * BATCH))
+
+
+def wait_for_file(folder: Path, pattern: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.02)
