@@ -16,6 +16,8 @@ import mmap
 
 import torch
 
+from swarm.errors import OutOfMemory
+
 _PAGE = 2 * 1024**2
 _SLAB = 64 * 1024**2
 _ALIGN = 64
@@ -29,7 +31,7 @@ class Arena:
         self._slab = torch.empty(0, dtype=torch.uint8)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same values, contiguous. Raises OSError if the system gives no memory."""
+        """The same values, contiguous. Raises OutOfMemory."""
         if tensor.device.type != "cpu" or not tensor.nbytes:
             return tensor
         taken = tensor.nbytes + -tensor.nbytes % _ALIGN
@@ -43,7 +45,10 @@ def _slab(size: int) -> torch.Tensor:
     """At least `size` bytes that begin with a page."""
     if _ADVICE is None:
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise OutOfMemory(f"the system gives no {size} bytes for weights: {error.strerror}") from error
     memory.madvise(_ADVICE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return whole[-whole.data_ptr() % _PAGE :][:size]

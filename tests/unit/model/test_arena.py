@@ -6,8 +6,10 @@ import mmap
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
+from swarm.errors import OutOfMemory
 from swarm.model.arena import Arena
 
 
@@ -39,6 +41,16 @@ def test_one_larger_than_a_slab_gets_its_own() -> None:
     arena = Arena()
     large = torch.ones(80 * 1024**2, dtype=torch.uint8)
     assert torch.equal(arena.place(large), large)
+
+
+def test_no_memory_is_a_typed_error() -> None:
+    class Huge:
+        """What the arena looks at of a tensor that no machine holds."""
+
+        device, nbytes = torch.device("cpu"), 2**62
+
+    with pytest.raises(OutOfMemory, match="gives no"):
+        Arena().place(Huge())  # type: ignore[arg-type]
 
 
 def resident_bytes() -> int:

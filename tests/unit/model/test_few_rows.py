@@ -85,6 +85,18 @@ def test_a_layer_takes_our_way_for_few_rows_only(rows: int, bias: bool) -> None:
     assert torch.equal(ours(input_BTD), plain(input_BTD)) == (rows > MOST_ROWS)
 
 
+@torch.inference_mode()
+def test_other_dtypes_go_the_plain_way() -> None:
+    plain = linear(300, 256)
+    ours = copy.copy(plain)
+    use_few_rows(ours)
+    input_MI = torch.randn(2, 300).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        ours(input_MI)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(input_MI), plain(input_MI))
+
+
 def test_gradients_go_the_plain_way() -> None:
     plain = linear(300, 256)
     ours = copy.copy(plain)
