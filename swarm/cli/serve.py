@@ -62,9 +62,11 @@ def bootstrap_start(
 
     async def main() -> None:
         from swarm.model.checkpoint import Checkpoint
+        from swarm.model.families import Parts
 
-        # A model that is not there is known before libp2p and torch are imported.
+        # A model that is not there, or that no node could cut, is known before libp2p and torch are imported.
         checkpoint = await asyncio.to_thread(Checkpoint.open, model, revision)
+        Parts.of(checkpoint.config)
 
         from swarm.net.bootstrap import BootstrapSettings, run_bootstrap
         from swarm.net.p2p import PeerSettings

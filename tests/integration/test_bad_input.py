@@ -58,6 +58,7 @@ CASES = [
     Case("model-no-folder", "bootstrap start --port 0 --model {root}/nowhere", "SW103", ("{root}/nowhere",)),
     Case("model-no-config", "bootstrap start --port 0 --model {root}/no-config", "SW103", ("config.json",)),
     Case("model-bad-config", "bootstrap start --port 0 --model {root}/bad-config", "SW104", ("config.json",)),
+    Case("model-no-plan", "bootstrap start --port 0 --model {root}/no-plan", "SW104", ("stablelm", "pipeline plan")),
     Case("model-cut-off", "bootstrap start --port 0 --model {root}/cut-off", "SW702", ("model.safetensors", "cut off")),
     Case(
         *("hub-offline", "bootstrap start --port 0 --model acme/tiny", "SW103", ("acme/tiny", "HF_HUB_OFFLINE")),
@@ -171,13 +172,14 @@ def places(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def write_models(root: Path, model: Path) -> None:
     """Folders that look like the model, each wrong in one way."""
-    for name in ("other-config", "bad-config", "other-weights", "other-tokenizer", "cut-off"):
+    for name in ("other-config", "bad-config", "no-plan", "other-weights", "other-tokenizer", "cut-off"):
         shutil.copytree(model, root / name, copy_function=os.link)
     config = json.loads((model / "config.json").read_text())
     replace_file(
         root / "other-config" / "config.json", json.dumps({**config, "max_position_embeddings": 4096}).encode()
     )
     replace_file(root / "bad-config" / "config.json", json.dumps({**config, "model_type": "perceptron"}).encode())
+    replace_file(root / "no-plan" / "config.json", json.dumps({**config, "model_type": "stablelm"}).encode())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["Hello"], vocabulary["Hi"] = vocabulary["Hi"], vocabulary["Hello"]
