@@ -16,7 +16,7 @@ import structlog
 
 from coordinator.background import Background
 from coordinator.blobs import BlobBounds, Blobs
-from coordinator.blobstore import check_place, open_store
+from coordinator.blobstore import canonical, check_place, note_place, open_store
 from coordinator.disk import Disk, Halt
 from coordinator.driver import Shared
 from coordinator.jobs import Jobs
@@ -133,7 +133,9 @@ def _open_blobs(
     data_dir: Path, place: str, owner: str, settings: CoordinatorSettings, clock: Clock, disk: Disk
 ) -> Blobs:
     root = data_dir / "blobs"
+    place = canonical(place)
     check_place(root, place)
     store = open_store(place, root / "whole", owner, disk)
+    note_place(root, place)
     bounds = BlobBounds(settings.max_blob_bytes, settings.max_partials, settings.blob_grace_s)
     return Blobs(root / "partial", store, bounds, clock.monotonic, disk)

@@ -13,8 +13,10 @@ Names are content hashes: a second writer can only write the same bytes. Every m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,8 @@ _OWNER = "owner"
 """The object that says whose blobs these are."""
 _PLACE = "place"
 _TEMPORARY = ".tmp"
+_NAME = re.compile("[0-9a-f]{64}")
+"""What else lies beside the blobs is somebody else's."""
 _READ_BYTES = 1024 * 1024
 
 
@@ -64,12 +68,13 @@ class FolderStore:
         self._disk = disk
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f"*{_TEMPORARY}"):
-            left_over.unlink()
+            if _NAME.fullmatch(left_over.stem):
+                left_over.unlink()
         # A file that was renamed just before a crash counts as stored: its name must be, too.
         disk.sync_folder(folder)
 
     def names(self) -> list[str]:
-        return os.listdir(self._folder)
+        return [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
 
     def size(self, name: str) -> int | None:
         path = self._folder / name
@@ -87,7 +92,13 @@ class FolderStore:
         self.take(name, temporary)
 
     def take(self, name: str, path: Path) -> None:
-        self._disk.rename(path, self._folder / name, "blob")
+        try:
+            self._disk.rename(path, self._folder / name, "blob")
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self.put(name, path.read_bytes())  # the folder lies on another disk
+            path.unlink()
 
     def read(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
@@ -128,7 +139,8 @@ class ObjectStore:
         with _as_os_error():
             self._fs.invalidate_cache()
             listed = self._fs.ls(self._root, detail=False)
-        return [name for path in listed if (name := path.rstrip("/").rpartition("/")[2]) != _OWNER]
+        names = (path.rstrip("/").rpartition("/")[2] for path in listed)
+        return [name for name in names if _NAME.fullmatch(name)]
 
     def size(self, name: str) -> int | None:
         with _as_os_error():
@@ -187,21 +199,32 @@ def check_url(url: str) -> None:
     _driver(url)
 
 
+def canonical(place: str) -> str:
+    """A folder by its whole path, so that it is the same from anywhere; URLs and "" as they are."""
+    if not place or _is_url(place):
+        return place
+    return str(Path(place.removeprefix("file://")).expanduser().resolve())
+
+
 def check_place(root: Path, place: str) -> None:
-    """Note in the coordinator's own blob folder where its complete blobs lie. Raises InputError if it noted another
-    place before (its jobs would be without their data), StorageError."""
+    """Raises InputError if this coordinator's blob folder notes another place for its complete blobs (its jobs would be
+    without their data), StorageError. `place`: canonical."""
     note = root / _PLACE
     try:
         known = note.read_text() if note.exists() else "" if (root / "whole").exists() else None
     except OSError as error:
         raise StorageError(f"cannot read {note}: {error.strerror or error}") from error
-    if known is None and place:
-        write_whole(note, place.encode())
-    elif known is not None and known != place:
+    if known is not None and known != place:
         raise InputError(
             f"this coordinator's blobs lie in {known or 'its data folder'}, not in {place or 'its data folder'}",
             f"start it with --blobs {known}" if known else "start it without --blobs, or with another --data-dir",
         )
+
+
+def note_place(root: Path, place: str) -> None:
+    """Once the store there has been opened. Raises StorageError."""
+    if place and not (root / _PLACE).exists():
+        write_whole(root / _PLACE, place.encode())
 
 
 def open_store(place: str, default: Path, owner: str, disk: Disk) -> BlobStore:
@@ -210,9 +233,12 @@ def open_store(place: str, default: Path, owner: str, disk: Disk) -> BlobStore:
     Raises InputError (as `check_url`), DataDirLocked, StorageError (cannot be reached, or refuses).
     """
     if not _is_url(place):
-        folder = Path(place.removeprefix("file://")).expanduser() if place else default
+        folder = Path(canonical(place)) if place else default
         try:
-            return FolderStore(folder, disk)
+            store = FolderStore(folder, disk)
+            if place:
+                _own(folder, owner)
+            return store
         except OSError as error:
             raise file_error("open the blob folder", error) from error
     _driver(place)
@@ -232,6 +258,18 @@ def open_store(place: str, default: Path, owner: str, disk: Disk) -> BlobStore:
         raise StorageError(
             f"the blob store at {place} cannot be used: {error}", "check the URL, the bucket and the network"
         ) from error
+
+
+def _own(folder: Path, owner: str) -> None:
+    """Raises DataDirLocked: another coordinator's, which would collect this one's blobs; OSError."""
+    note = folder / _OWNER
+    if not note.exists():
+        write_whole(note, owner.encode())
+    found = note.read_text(errors="replace")
+    if found != owner:
+        raise DataDirLocked(
+            f"the blobs at {folder} belong to coordinator {found:.64}", "give every coordinator a folder of its own"
+        )
 
 
 def _driver(place: str) -> None:

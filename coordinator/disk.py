@@ -79,10 +79,15 @@ class Disk:
 
     def rename(self, path: Path, to: Path, what: str) -> None:
         """Within one file system, durable when it returns. Raises OSError, SyncFailed."""
-        self._point(f"before {what} rename")
-        os.rename(path, to)
-        self._point(f"after {what} rename")
-        self.sync_folder(to.parent)
+        # Opened first: a name that is there but was never synced would count as stored.
+        folder = os.open(to.parent, os.O_RDONLY)
+        try:
+            self._point(f"before {what} rename")
+            os.rename(path, to)
+            self._point(f"after {what} rename")
+            self.sync(folder, "folder")
+        finally:
+            os.close(folder)
 
 
 def file_error(doing: str, error: OSError) -> StorageError:

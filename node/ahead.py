@@ -53,9 +53,11 @@ class Ahead:
     async def drop(self) -> None:
         """Its work is void."""
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        if self.chain is not None:
-            await self.chain.close()
+        try:
+            await asyncio.gather(self._task, return_exceptions=True)
+        finally:  # who drops it may be cancelled, and nobody else knows the chain
+            if self.chain is not None:
+                await self.chain.close()
 
 
 def same_nodes(one: pb.Assignment, other: pb.Assignment) -> bool:

@@ -125,8 +125,7 @@ class JobMember:
                 await self._restore(round)
             if lineage != self._lineage:
                 await self._forget(lineage)
-            if self._round != round or (base_hash and self._base_hash != base_hash):
-                await self._catch_up(round)
+            await self._reach(round, base_hash)
             if not to_score:
                 self._ended = self._aside = None
             elif self._ended is not None and self._aside is None:
@@ -135,6 +134,15 @@ class JobMember:
             await self._compute.run(Priority.TRAIN, self.stage.reset, start)
             if not to_score:
                 await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
+
+    async def _reach(self, round: int, base_hash: bytes) -> None:
+        """Hold the reference that `round` starts from."""
+        pending = await asyncio.to_thread(self._folder.load_pending) if self._round < round else None
+        if pending is not None and pending.round == self._round:
+            # Its end was not seen, for an error on the way; the residual depends on it.
+            await self._settle(pending.round)
+        if self._round != round or (base_hash and self._base_hash != base_hash):
+            await self._catch_up(round)
 
     def _start(self) -> Parameters:
         """What inner steps of `_round` start from."""
@@ -165,8 +173,7 @@ class JobMember:
                     f"this node has trained nothing ahead for round {round} of job {self.job_id}",
                     "nothing to do: the pipeline is formed again",
                 )
-            if self._round != round or (base_hash and self._base_hash != base_hash):
-                await self._catch_up(round)
+            await self._reach(round, base_hash)
             ended, aside, start = self._ended, self._aside, self._start()
 
             def correct() -> None:
@@ -195,6 +202,11 @@ class JobMember:
         log.info("contribution_resumed", job=self.job_id, round=pending.round)
         async with self._lock:
             saved = await asyncio.to_thread(self._folder.load)
+            if saved is not None and saved.reference.keys() != self.stage.shapes.keys():
+                # Of other blocks than this node holds now: what it sent may count, what it kept is of no use.
+                await self._upload(request, pending.payload)
+                self._folder.clear_pending()
+                return
             if saved is not None and saved.round == pending.round:
                 self._adopt(saved)
             elif saved is None and pending.round == FIRST_ROUND:

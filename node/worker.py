@@ -171,7 +171,7 @@ class Worker:
             if new.index == 0:
                 self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
-            elif new.job_id not in self._members:
+            elif new.job_id not in self._members and (self._resuming is None or self._resuming[1].done()):
                 self._resuming = (new, asyncio.create_task(self._resume(new)))
 
     async def _drop_ahead(self) -> None:
@@ -211,7 +211,11 @@ class Worker:
             folder = JobFolder(self._data_dir, assignment.job_id)
             adapters = self._model.adapters
             member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
-            await member.finish_pending()
+            try:
+                await member.finish_pending()
+            except BaseException:
+                member.close()
+                raise
             self._members[assignment.job_id] = member
         # An owner may change settings between rounds.
         member.spec = job_from_json(assignment.spec_json)
@@ -439,7 +443,8 @@ class Worker:
         self._adapters.add(AdapterInfo(finished.name, finished.job_id, finished.round, files, ()), contents)
         await self._adapters.announce()
         member = self._members.pop(finished.job_id, None)
-        if member is not None and finished.job_id not in self._settling:
+        _, settling = self._settling.get(finished.job_id, (0, None))
+        if member is not None and (settling is None or settling.done()):
             member.close()
 
     async def _end_all(self) -> None:

@@ -13,6 +13,7 @@ a slab is gone. Where the system has no large pages the tensors lie in ordinary 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -49,6 +50,7 @@ def _slab(size: int) -> torch.Tensor:
         memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise OutOfMemory(f"the system gives no {size} bytes for weights: {error.strerror}") from error
-    memory.madvise(_ADVICE)
+    with suppress(OSError):  # a kernel without large pages refuses the advice
+        memory.madvise(_ADVICE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return whole[-whole.data_ptr() % _PAGE :][:size]

@@ -40,7 +40,7 @@ class FewRows:
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """[..., I] contiguous and on the CPU, to [..., O]."""
-        output = torch.empty((*input.shape[:-1], self._outputs))
+        output = torch.empty((*input.shape[:-1], self._outputs), dtype=torch.float32)
         rows = input.numel() // self._inputs
         arguments = (input.data_ptr(), self._address, output.data_ptr(), rows, self._inputs, self._outputs)
         threads = threads_of_torch() if self._splits else 1

@@ -39,7 +39,7 @@ class FewRows:
 
     def product(self, input_MI: torch.Tensor) -> torch.Tensor:
         """[M, I] float32, contiguous and on the CPU, to [M, O] float32."""
-        output_MO = torch.empty(input_MI.shape[0], self._codes_OI.shape[0])
+        output_MO = torch.empty(input_MI.shape[0], self._codes_OI.shape[0], dtype=torch.float32)
         arrays = (input_MI.detach().numpy(), self._codes_OI, self._scales_O, output_MO.numpy())
         threads = threads_of_torch() if self._splits else 1
         if threads == 1:

@@ -26,7 +26,7 @@ class NormRows:
 
     def norm(self, input: torch.Tensor) -> torch.Tensor:
         """[..., D] contiguous and on the CPU, to the same shape."""
-        output = torch.empty(input.shape)
+        output = torch.empty(input.shape, dtype=torch.float32)
         _norm(input.data_ptr(), self._address, output.data_ptr(), input.numel() // self._width, self._width, self._eps)
         return output
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from coordinator.blobs import BlobBounds, Blobs, Progress
-from coordinator.blobstore import FolderStore, ObjectStore, check_place, check_url, open_store
+from coordinator.blobstore import FolderStore, ObjectStore, canonical, check_place, check_url, note_place, open_store
 from coordinator.disk import Disk
 from swarm.errors import CorruptData, DataDirLocked, InputError, StorageError
 from swarm.ids import sha256
@@ -153,7 +155,9 @@ def test_a_folder_by_name_or_file_url_is_as_durable_as_the_default(tmp_path: Pat
 
 
 def test_a_coordinator_is_not_started_away_from_its_blobs(tmp_path: Path) -> None:
+    check_place(tmp_path / "new", "s3://mistyped")  # nothing is noted before a store there was opened
     check_place(tmp_path / "new", "s3://bucket")
+    note_place(tmp_path / "new", "s3://bucket")
     check_place(tmp_path / "new", "s3://bucket")
     with pytest.raises(InputError, match="s3://bucket"):
         check_place(tmp_path / "new", "")
@@ -161,3 +165,32 @@ def test_a_coordinator_is_not_started_away_from_its_blobs(tmp_path: Path) -> Non
     open_store("", tmp_path / "old" / "whole", "me", DISK)
     with pytest.raises(InputError, match="its data folder"):
         check_place(tmp_path / "old", "s3://bucket")
+
+
+def test_a_folder_is_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert canonical("blobs/") == canonical((tmp_path / "blobs").as_uri()) == str(tmp_path / "blobs")
+    assert (canonical(""), canonical("s3://bucket/x")) == ("", "s3://bucket/x")
+
+
+def test_a_folder_on_another_disk_takes_uploads(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        blobs = Blobs(tmp_path / "up", open_store(other, tmp_path, "me", DISK), BOUNDS, lambda: 0.0, DISK)
+        assert blobs.put_piece(sha256(DATA), len(DATA), 0, DATA) == Progress(len(DATA), True)
+        assert blobs.read(sha256(DATA)) == DATA
+        assert list((tmp_path / "up").iterdir()) == []
+
+
+def test_what_else_lies_in_a_folder_is_left_alone(tmp_path: Path) -> None:
+    place, now_s = tmp_path / "shared", [0.0]
+    place.mkdir()
+    for name in ("notes.tmp", "backup.tar", "README", "lost+found"):
+        (place / name).touch()
+    blobs = Blobs(tmp_path / "up", open_store(str(place), tmp_path, "me", DISK), BOUNDS, lambda: now_s[0], DISK)
+    blobs.put(DATA)
+    now_s[0] = 1000.0
+    assert blobs.collect([]) == 1
+    assert sorted(path.name for path in place.iterdir()) == ["README", "backup.tar", "lost+found", "notes.tmp", "owner"]
+    with pytest.raises(DataDirLocked, match="belong to coordinator me"):
+        open_store(str(place), tmp_path, "somebody else", DISK)
