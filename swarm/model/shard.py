@@ -206,7 +206,7 @@ class _Seen(Exception):
 
 
 class View:
-    """A runnable stack of blocks. Not thread-safe: the compute thread alone calls it."""
+    """A runnable stack of blocks. Not thread-safe: one of the computing threads alone calls it."""
 
     def __init__(self, model: nn.Module, span: Span, parts: Parts, config: Any) -> None:
         self.model = model.eval().requires_grad_(False)
