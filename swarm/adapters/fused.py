@@ -4,6 +4,9 @@ PEFT computes x W' + (x A') B' * scale as four tensors as wide as the layer's ou
 BLAS adds each thin product to the wide one in place, and the scale is applied where it is r wide: the same sum,
 rounded in another order, for about a tenth less time of a training step (docs/experiments.md).
 
+Over bfloat16 weights the thin products are bfloat16 too, with sums in float32 as BLAS has them, where PEFT widens
+the layer's input for them; the adapter itself, its gradients and its optimizer stay float32.
+
 In: PEFT's LoRA layers over plain float linear layers. Out: the same layers, whose forward pass is this one while
 gradients are recorded. Without gradients, under autocast, and over quantized or other layers PEFT's own runs.
 """
@@ -16,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Fused(torch.autograd.Function):
@@ -30,6 +35,7 @@ class _Fused(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
+        a_RI, b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
         y_NO = functional.linear(x_NI, weight_OI, bias)
         u_NR = x_NI @ a_RI.t()
         y_NO.addmm_(u_NR, b_OR.t(), alpha=scale)
@@ -43,8 +49,8 @@ class _Fused(torch.autograd.Function):
         x_NI, u_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_u_NR = (grad_NO @ b_OR).mul_(ctx.scale)
-        grad_a = grad_u_NR.t() @ x_NI
-        grad_b = (grad_NO.t() @ u_NR).mul_(ctx.scale)
+        grad_a = (grad_u_NR.t() @ x_NI).float()
+        grad_b = (grad_NO.t() @ u_NR).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_NO @ weight_OI).addmm_(grad_u_NR, a_RI).view(*grad.shape[:-1], -1)
@@ -56,7 +62,7 @@ def fuse(model: nn.Module, adapter: str) -> None:
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         # Subclasses that only multiply few rows another way have the same weight.
-        if not isinstance(base, nn.Linear) or "weight" not in base._parameters or base.weight.dtype != torch.float32:
+        if not isinstance(base, nn.Linear) or "weight" not in base._parameters or base.weight.dtype not in _DTYPES:
             continue
         if adapter in getattr(module, "lora_A", {}) and not module.lora_variant:
             module.forward = _forward(module, base, adapter, module.forward)
@@ -66,7 +72,7 @@ def _forward(module: Any, base: nn.Linear, adapter: str, plain: Callable[..., An
     a, b, scale = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        plainly = args or kwargs or not torch.is_grad_enabled() or x.dtype != torch.float32
+        plainly = args or kwargs or not torch.is_grad_enabled() or x.dtype != base.weight.dtype
         if plainly or torch.is_autocast_enabled(x.device.type):
             return cast(torch.Tensor, plain(x, *args, **kwargs))
         return cast(torch.Tensor, _Fused.apply(x, base.weight, base.bias, a, b, scale))  # type: ignore[no-untyped-call]

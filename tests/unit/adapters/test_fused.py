@@ -54,9 +54,26 @@ def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:
         assert torch.equal(fused(x), plain(x))
 
 
-def test_weights_of_another_dtype_keep_pefts_layer() -> None:
-    plain, fused = layer_of(dtype=torch.bfloat16), layer_of(dtype=torch.bfloat16)
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_in_bfloat16_it_errs_no_more_than_twice_as_much_as_peft(input_grad: bool) -> None:
+    narrow = torch.bfloat16
+    plain, fused, exact = layer_of(dtype=narrow), layer_of(dtype=narrow), layer_of(dtype=narrow).float()
     fuse(fused, "default")
-    x = torch.randn(3, 24, dtype=torch.bfloat16)
+    x = torch.randn(64, 24, dtype=narrow)
+    truth, expected, found = (
+        results(model, of, input_grad) for model, of in ((exact, x.float()), (plain, x), (fused, x))
+    )
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
+        peft_error, error = ((got - truth[name]).norm() / truth[name].norm() for got in (expected[name], value))
+        assert error < 2 * peft_error + 2**-8, name
+    assert "Fused" in fused(x).grad_fn.name()
+
+
+def test_weights_of_another_dtype_keep_pefts_layer() -> None:
+    plain, fused = layer_of(dtype=torch.float16), layer_of(dtype=torch.float16)
+    fuse(fused, "default")
+    x = torch.randn(3, 24, dtype=torch.float16)
     expected, found = results(plain, x), results(fused, x)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
