@@ -122,17 +122,19 @@ def initial(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
 
 def attach(model: nn.Module, layers: str, span: Span, method: LoraMethod) -> dict[str, nn.Parameter]:
     """Inject LoRA into a view's base model; returns its float32 parameters by key, values unset."""
-    config = peft_config(method, cast(nn.ModuleList, model.get_submodule(layers)))
-    peft.inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    blocks = cast(nn.ModuleList, model.get_submodule(layers))
+    # Into the blocks, not the model: PEFT would take names of linear layers for experts' stacked weights in families
+    # whose experts once were linear layers of those names.
+    peft.inject_adapter_in_model(peft_config(method, blocks), blocks, adapter_name=_ADAPTER)
     found: dict[str, nn.Parameter] = {}
     marks = {f".lora_A.{_ADAPTER}.weight": ".lora_A", f".lora_B.{_ADAPTER}.weight": ".lora_B"}
-    for name, parameter in model.named_parameters():
+    for name, parameter in blocks.named_parameters():
         for mark, short in marks.items():
             if name.endswith(mark):
-                index, rest = name[len(layers) + 1 : -len(mark)].split(".", 1)
+                index, rest = name[: -len(mark)].split(".", 1)
                 parameter.data = parameter.data.to(torch.float32)
                 found[param_key(int(index) + span.start, rest + short)] = parameter
-    fuse(model, _ADAPTER)
+    fuse(blocks, _ADAPTER)
     return found
 
 

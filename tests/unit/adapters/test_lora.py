@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.families_configs import variants
 from swarm.adapters.registry import ModelAdapters, Parameters, get_values, set_values
 from swarm.config import LoraMethod
 from swarm.errors import CodecError, UnsupportedModel
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
-from swarm.model.shard import Head, Shard
+from swarm.model.shard import Head, Shard, n_blocks
 
 CPU = torch.device("cpu")
 METHOD = LoraMethod(r=4, alpha=6.0)
@@ -119,6 +120,24 @@ def test_targets_are_checked(folder: Path) -> None:
     assert {key.split("/")[1] for key in only} == {"self_attn.q_proj.lora_A", "self_attn.q_proj.lora_B"}
     with pytest.raises(UnsupportedModel, match="dance_proj"):
         adapters.shapes(LoraMethod(targets=("q_proj", "dance_proj")))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm4_moe"])
+def test_beside_stacked_experts_every_linear_layer_is_adapted(family: str, tmp_path: Path) -> None:
+    """PEFT takes names of linear layers for those of experts in some families, and experts have none here."""
+    model = AutoModelForCausalLM.from_config(variants(family)[0])
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    adapters = ModelAdapters(checkpoint)
+    view = Shard(checkpoint, Span(0, n_blocks(checkpoint.config)), torch.float32, CPU).view()
+    parameters = adapters.attach(view, METHOD)
+    shapes = adapters.shapes(METHOD)
+    assert {key: tuple(value.shape) for key, value in parameters.items()} == shapes
+    assert any(key.endswith("o_proj.lora_A") for key in shapes)
+    set_values(parameters, trained(adapters))
+    view.forward(Head(checkpoint, torch.float32, CPU).embed(torch.arange(1, 9)[None])).sum().backward()
+    silent = {key for key, value in parameters.items() if value.grad is None}
+    assert not silent
 
 
 def test_foreign_files_are_refused(folder: Path) -> None:
