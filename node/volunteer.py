@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import structlog
 import torch
 
+from node.announcing import keep_announced
 from node.chains import ChainServer
 from node.measure import measure_speed
 from node.memory import Ledger
@@ -38,10 +39,6 @@ _CONSIDER_S = 16.0
 _CONFIRM_S = 2.0
 """How often a node thinks about moving, and how often once it has announced a move."""
 _MEASURE_S = 1.0
-_WRITES_AT_ONCE = 4
-"""Of the record: what may hang before a node waits for the oldest of them."""
-_AGAIN_S = 1.0
-"""Between writes of the record that nobody took."""
 _LOOK_AROUND_S = 60.0
 _PROBE_BYTES = 256 * 1024
 _SHARE_OF_WEIGHTS = 2 / 3
@@ -204,32 +201,13 @@ class Volunteer:
         return await publish_status(self._peer, self._checkpoint.model_hash, self.status())
 
     async def announce(self, first: Callable[[], None]) -> None:
-        """Write records until cancelled; `first` is called once others can see this node.
+        """Write records until cancelled; `first` is called once others can see this node."""
 
-        A peer of the DHT that hangs holds a write up for seconds, so the next one does not wait for it.
-        """
-        writes: set[asyncio.Task[bool]] = set()
-        seen, pause_s = False, REFRESH_S
-        try:
-            while True:
-                if len(writes) < _WRITES_AT_ONCE:
-                    writes.add(asyncio.create_task(self.publish()))
-                next_s = time.monotonic() + pause_s
-                while writes and (left_s := next_s - time.monotonic()) > 0:
-                    done, writes = await asyncio.wait(writes, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                    for stored in [write.result() for write in done]:
-                        pause_s = REFRESH_S if stored else _AGAIN_S
-                        if not stored:
-                            log.warning("not_announced", reason="no DHT peer took the record; trying again")
-                        elif not seen:
-                            seen = True
-                            log.info("serving", blocks=str(self._status.span), peer=self._peer.peer_id)
-                            first()
-                await asyncio.sleep(max(0.0, next_s - time.monotonic()))
-        finally:
-            for write in writes:
-                write.cancel()
-            await asyncio.gather(*writes, return_exceptions=True)
+        def taken() -> None:
+            log.info("serving", blocks=str(self._status.span), peer=self._peer.peer_id)
+            first()
+
+        await keep_announced(self.publish, taken, REFRESH_S)
 
     async def look_around(self) -> None:
         """Measure round trips and bandwidth to neighbours now and then, until cancelled."""

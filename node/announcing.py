@@ -1,0 +1,54 @@
+"""Keep a record alive in the DHT: write it again and again, whatever a single write does.
+
+In: a function that writes the record and says whether anybody took it. A peer of the DHT that hangs holds a write up
+for seconds, so the next one does not wait for it; one that a newer write has overtaken is refused for its age, which
+is no failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+WRITES_AT_ONCE = 4
+"""What may hang before the oldest write is waited for."""
+AGAIN_S = 1.0
+"""Between writes when nobody took the last one."""
+log = structlog.get_logger()
+
+
+async def keep_announced(write: Callable[[], Awaitable[bool]], first: Callable[[], None], refresh_s: float) -> None:
+    """Write every `refresh_s` seconds until cancelled; `first` is called once a write was taken.
+
+    Raises what `write` and `first` raise.
+    """
+    clock_s = asyncio.get_running_loop().time
+    writes: set[asyncio.Task[tuple[int, bool]]] = set()
+    begun, newest_taken, pause_s = 0, 0, refresh_s
+
+    async def numbered(number: int) -> tuple[int, bool]:
+        return number, await write()
+
+    try:
+        while True:
+            if len(writes) < WRITES_AT_ONCE:
+                begun += 1
+                writes.add(asyncio.create_task(numbered(begun)))
+            next_s = clock_s() + pause_s
+            while writes and (left_s := next_s - clock_s()) > 0:
+                done, writes = await asyncio.wait(writes, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                for number, taken in sorted(task.result() for task in done):
+                    if taken:
+                        if not newest_taken:
+                            first()
+                        newest_taken, pause_s = max(newest_taken, number), refresh_s
+                    elif number > newest_taken:
+                        pause_s = AGAIN_S
+                        log.warning("not_announced", reason="no DHT peer took the record; trying again")
+            await asyncio.sleep(max(0.0, next_s - clock_s()))
+    finally:
+        for task in writes:
+            task.cancel()
+        await asyncio.gather(*writes, return_exceptions=True)
