@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from swarm.jit import jit
 from swarm.model.kernels.emit import float32_at
 from swarm.model.kernels.float_dot import OUTPUTS, dot1, dot4
-from swarm.model.kernels.threads import in_parts, threads_of_torch
+from swarm.model.kernels.threads import on_threads
 
 _THREADS_FROM = 2**20
 """Weights. A smaller one is done (0.3 ms) before another thread is awake (0.1 ms) and has paid for itself."""
@@ -43,11 +43,7 @@ class FewRows:
         output = torch.empty((*input.shape[:-1], self._outputs), dtype=torch.float32)
         rows = input.numel() // self._inputs
         arguments = (input.data_ptr(), self._address, output.data_ptr(), rows, self._inputs, self._outputs)
-        threads = threads_of_torch() if self._splits else 1
-        if threads == 1:
-            _product(*arguments)
-        else:
-            in_parts(_product_in_parts, arguments, threads)
+        on_threads(_product, _product_in_parts, arguments, splits=self._splits)
         return output
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from swarm.jit import jit
 from swarm.model.kernels.int8 import TINY, TOP
 from swarm.model.kernels.int8_dot import dot1, dot4
-from swarm.model.kernels.threads import in_parts, threads_of_torch
+from swarm.model.kernels.threads import on_threads
 
 _NOT_FINITE = 0x7F800000
 _THREADS_FROM = 2**22
@@ -41,11 +41,7 @@ class FewRows:
         """[M, I] float32, contiguous and on the CPU, to [M, O] float32."""
         output_MO = torch.empty(input_MI.shape[0], self._codes_OI.shape[0], dtype=torch.float32)
         arrays = (input_MI.detach().numpy(), self._codes_OI, self._scales_O, output_MO.numpy())
-        threads = threads_of_torch() if self._splits else 1
-        if threads == 1:
-            _product(*arrays)
-        else:
-            in_parts(_product_in_parts, arrays, threads)
+        on_threads(_product, _product_in_parts, arrays, splits=self._splits)
         return output_MO
 
 

@@ -17,13 +17,15 @@ numba.config.THREADING_LAYER = "workqueue"  # its threads sleep while there is n
 _one_at_a_time = threading.Lock()
 
 
-def threads_of_torch() -> int:
-    """What torch is set to, as far as numba has threads."""
-    return min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
-
-
-def in_parts(compiled: Callable[..., Any], arrays: Sequence[Any], threads: int) -> None:
-    """Call it with the arrays and as many parts as threads."""
+def on_threads(
+    alone: Callable[..., Any], in_parts: Callable[..., Any], arguments: Sequence[Any], *, splits: bool
+) -> None:
+    """Call `in_parts` with the arguments and as many parts as torch has threads; `alone` where that is one, or where
+    the work is not worth splitting."""
+    threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS)) if splits else 1
+    if threads == 1:
+        alone(*arguments)
+        return
     with _one_at_a_time:
         numba.set_num_threads(threads)
-        compiled(*arrays, threads)
+        in_parts(*arguments, threads)
