@@ -200,12 +200,16 @@ class JobDriver:
     async def abandon(
         self, caller: str, round: int, generation: int, pipeline_id: int, why: str, blamed: str = ""
     ) -> None:
-        """A member gives its pipeline up because of `blamed`. Without effect on one that is whole or gone."""
+        """A member gives its pipeline up because of `blamed`. Without effect on one that is whole or gone, and
+        where the member has nothing more to do for it: its contribution is held and nobody else is blamed."""
         pipeline = self._state.pipeline(pipeline_id) if round == self._state.round else None
         if pipeline is None or pipeline.generation != generation:
             return
         if not pipeline.has(caller):
             raise ContributionError(f"the node is not in pipeline {pipeline_id}")
+        delivered = self._state.phase is Phase.OPEN and pipeline.payload_of(caller) is not None
+        if delivered and blamed in ("", caller):
+            return
         await self._background.uncancelled(self._give_up(round, pipeline_id, why, blamed))
 
     async def _give_up(self, round: int, pipeline_id: int, why: str, blamed: str) -> None:

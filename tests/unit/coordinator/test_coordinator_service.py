@@ -261,6 +261,21 @@ async def test_an_abandoned_pipeline_is_formed_again_on_the_same_samples(swarm: 
         await swarm.service.lease(lead.peer, pb.LeaseRequest(job_id=part.job_id, round=1, generation=1))
 
 
+async def test_a_node_whose_contribution_is_held_gives_nothing_up_by_leaving(swarm: Swarm) -> None:
+    lead, stage = await swarm.join(*ONE_PIPELINE)
+    await submit(swarm.service, "me", job_spec(schedule=ONE))
+    part = await stage.assigned()
+    assert (await stage.train(part)).verdict == pb.VERDICT_HELD
+    request = pb.AbandonRequest(job_id=part.job_id, round=1, generation=1, pipeline_id=0)
+    for blame in ("", stage.peer):
+        request.reason.CopyFrom(common_pb2.Error(code="SW303", cause="it stops", blame=blame))
+        await swarm.service.abandon(stage.peer, request)
+    assert (await lead.train(await lead.assigned())).verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED)
+    await stage.settle(part)
+    assert stage.receipts[1].verdict == pb.VERDICT_ACCEPTED
+    assert swarm.driver.state.generation == 1
+
+
 async def test_a_node_that_its_lead_cannot_reach_is_not_tried_again_before_it_calls(swarm: Swarm) -> None:
     lead, stage = await swarm.join(*ONE_PIPELINE)
     job_id = (await submit(swarm.service, "me", job_spec(schedule=ONE))).job_id
