@@ -28,7 +28,7 @@ def label_loss(
     The next-token shift and the mean over the batch's labelled tokens are those of `transformers`'
     causal-LM loss; unlabelled positions are left out before the LM head instead of after it. `share`: the
     part of a batch's labelled tokens that these are (1 changes no bit). `within`: what logits are computed in.
-    `give_way` is called after every few positions.
+    `give_way` is called between and after the products of every few positions.
     """
     gradient_BTD = torch.zeros_like(hidden_BTD)
     if share == 0.0:  # no label: a mean over nothing would not be a number
@@ -42,7 +42,7 @@ def label_loss(
     gradients = []
     rows = ROWS_AT_ONCE[hidden_BTD.device.type]
     for targets_R, hidden_RD in zip(torch.split(targets_N, rows), torch.split(hidden_ND, rows), strict=True):
-        summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within())
+        summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within(), give_way)
         total += summed
         gradients.append(gradient_RD)
         give_way()
@@ -56,12 +56,14 @@ def _summed_loss(
     targets_R: torch.Tensor,
     each: float,
     within: AbstractContextManager[object],
+    give_way: Callable[[], None],
 ) -> tuple[float, torch.Tensor]:
     """Summed cross-entropy, and the gradient [R, D] of that sum times `each`."""
     with torch.enable_grad():
         hidden = hidden_RD.requires_grad_(True)
         with within:
             logits_RV = head.logits(hidden)
+        give_way()
         with torch.no_grad():
             # As cross_entropy and its backward pass have it, but in one tensor as wide as the vocabulary instead of
             # three: the probabilities replace their logarithms, and become the gradient.
@@ -69,6 +71,7 @@ def _summed_loss(
             summed = float(functional.nll_loss(log_p_RV, targets_R, reduction="sum"))
             grad_RV = log_p_RV.exp_().mul_(each)
             grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= each
+        give_way()
         torch.autograd.backward(logits_RV, grad_RV.to(logits_RV.dtype))
     assert hidden.grad is not None
     return summed, hidden.grad
