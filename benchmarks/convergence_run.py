@@ -142,8 +142,8 @@ class Run:
         (stage,) = self._pipelines[0]
         for step in range(self._cell.inner_steps):
             at = (number - 1) * self._cell.inner_steps + step
-            for k in range(PIPELINES):
-                self._accumulate(self._pipelines[0], at, k, 1 / PIPELINES)
+            # In one pass: every position is labelled, so the mean over all is the mean of the pipelines' means.
+            self._accumulate(self._pipelines[0], torch.cat([self._batch(at, k) for k in range(PIPELINES)]))
             stage.step(self._lr(at), 1.0)
 
     def _round(self, number: int) -> None:
@@ -192,7 +192,7 @@ class Run:
         """Inner steps [first, end) of round `number` on pipeline `k`."""
         for step in range(first, end):
             at = (number - 1) * self._cell.inner_steps + step
-            self._accumulate(self._pipelines[k], at, k, 1.0)
+            self._accumulate(self._pipelines[k], self._batch(at, k))
             for stage in self._pipelines[k]:
                 stage.step(self._lr(at), 1.0)
 
@@ -208,13 +208,12 @@ class Run:
         for stage in stages:
             stage.reset({key: v for key, v in start.items() if int(block_of(key)) in stage.span})
 
-    def _accumulate(self, stages: Sequence[AdapterStage], at: int, k: int, share: float) -> None:
+    def _accumulate(self, stages: Sequence[AdapterStage], ids_BT: torch.Tensor) -> None:
         """Forward and backward of one batch; gradients add up in the stages."""
-        ids_BT = self._batch(at, k)
         hidden = self._world.head.embed(ids_BT).detach()
         for number, stage in enumerate(stages):
             hidden = self._cross(stage.forward(0, hidden, input_grad=number > 0), number < len(stages) - 1)
-        _, gradient = label_loss(self._world.head, hidden, ids_BT, share)
+        _, gradient = label_loss(self._world.head, hidden, ids_BT)
         for number, stage in reversed(list(enumerate(stages))):
             back = stage.backward(0, gradient)
             if number:
