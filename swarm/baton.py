@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-TRAINING_SHARE = 0.48
-"""Unless told: a little less than half, which makes a token wait for at most about as long as it takes itself; what
-training computes while the client and the network have the token leaves it half of its speed alone."""
+TRAINING_SHARE = 0.5
+"""Unless told."""
 _LATELY_S = 1.0
 
 
