@@ -8,7 +8,6 @@ skips the optimizer step on every stage.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Protocol
 
@@ -16,7 +15,7 @@ import torch
 
 from node.hop import ChainHop
 from node.step import RANK_BACKWARD, RANK_FORWARD
-from node.turns import Turns, window
+from node.turns import Room, window
 from swarm.compute import Priority
 from swarm.errors import ProtocolError, SessionError, VersionError
 from swarm.wire.tensors import is_finite, pack, payload_size, unpack
@@ -29,6 +28,7 @@ _Packed = tuple[common_pb2.TensorMeta, bytes]
 class TrainStage(Protocol):
     """What this node's trainer offers to a lead's chain."""
 
+    def fits(self, shape_BTD: tuple[int, ...]) -> bool: ...
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None: ...
     def train_forward(
         self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
@@ -55,16 +55,17 @@ class TrainHop(ChainHop):
             # It would send gradients and never a step: this node would contribute nothing and not notice.
             raise VersionError("the pipeline's lead runs an older release, which steps in another way")
         self._stage = await self.server.trainer.accept(self.opener, self.request)
-        self._turns = Turns(window(len(self.hops), self.request.index))
-        self._room = asyncio.Semaphore(self._turns.window)
+        self._room = Room(window(len(self.hops), self.request.index))
         return pb.HopState()
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
-        # Frames behind this one stay in the stream until a gradient has freed its graph.
-        await self._room.acquire()
-        self._turns = self._turns.forward()
+        # Frames behind this one stay in the stream until a gradient has freed a graph.
         reply = pb.Forward(seq=message.seq, void=True)
-        packed = None if message.void else await self._forward(message, payload)
+        if message.void:
+            await self._room.forward(lambda: True)
+            await self.send_on(pb.Frame(forward=reply))
+            return
+        packed = await self._forward(message, payload)
         if packed is None:
             await self.send_on(pb.Frame(forward=reply))
         else:
@@ -75,7 +76,9 @@ class TrainHop(ChainHop):
         stage = self._ready()
         rows, columns = self.check_hidden(message.tensor, payload)
         positions_BT = self._positions(message, rows, columns)
-        stage.admit(message.seq, (rows, columns, self.server.model.width))
+        shape = (rows, columns, self.server.model.width)
+        await self._room.forward(lambda: stage.fits(shape))
+        stage.admit(message.seq, shape)
         shard = self.server.model.shard
 
         def compute() -> _Packed | None:
@@ -96,7 +99,7 @@ class TrainHop(ChainHop):
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
         stage = self._ready()
-        if not self._turns.held:
+        if not self._room.held:
             raise ProtocolError(f"a gradient for batch {message.seq}, which never came")
         if not message.void:
             payload_size(message.tensor)
@@ -112,8 +115,7 @@ class TrainHop(ChainHop):
             return packed, stage.squared_norm() if message.last else 0.0
 
         packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
-        self._turns = self._turns.backward()
-        self._room.release()
+        await self._room.backward()
         reply = pb.Backward(seq=message.seq, last=message.last, void=packed is None)
         reply.squared_norm = message.squared_norm + own
         if packed is None:
@@ -139,8 +141,8 @@ class TrainHop(ChainHop):
 
     async def _step(self, message: pb.Step) -> None:
         stage, run = self._ready(), self.server.compute.run
-        if self._turns.held:
-            raise ProtocolError(f"an optimizer step while {self._turns.held} batches wait for their gradients")
+        if self._room.held:
+            raise ProtocolError(f"an optimizer step while {self._room.held} batches wait for their gradients")
         if not (math.isfinite(message.lr) and message.lr >= 0 and 0 <= message.scale <= 1):
             raise ProtocolError(f"an optimizer step at rate {message.lr} and scale {message.scale}")
         if message.skip:

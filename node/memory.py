@@ -45,10 +45,13 @@ class Ledger:
         """What these kinds may take together, beside everything else."""
         return self.budget_bytes - sum(size for (kind, _), size in self._charges.items() if kind not in kinds)
 
+    def free(self, kind: str, owner: str) -> int:
+        """The most that `owner` may hold of `kind`."""
+        return self.budget_bytes - self.used_bytes + self._charges.get((kind, owner), 0)
+
     def charge(self, kind: str, owner: str, size: int) -> None:
         """Set what `owner` holds of `kind` to `size` bytes. Raises OutOfMemory, naming what to lower."""
-        held = self._charges.get((kind, owner), 0)
-        free = self.budget_bytes - self.used_bytes + held
+        free = self.free(kind, owner)
         if size > free:
             raise OutOfMemory(
                 f"{kind} of {owner} need {_mib(size)}, but only {_mib(free)} of {_mib(self.budget_bytes)} are free",

@@ -26,7 +26,7 @@ from swarm.ids import Span
 from swarm.model.packed import keeps_apart
 
 log = structlog.get_logger()
-_MAX_IN_FLIGHT = 64
+_MAX_IN_FLIGHT = 256
 _OPTIMIZER_COPIES = 6  # parameter, gradient, two moments, reference, residual
 _OVERLAP_COPIES = 4  # parameters and two moments as a round ended, parameters set aside while a round is scored
 
@@ -88,16 +88,21 @@ class AdapterStage:
         self.reason = ""
         """Why it is slower than it could be; empty: it is not."""
 
+    def fits(self, shape_BTD: tuple[int, ...]) -> bool:
+        """Whether one more batch's activations can be kept beside those that are. (On the loop.)"""
+        kept = sum(self._charged.values()) + kept_bytes(*self._sizes(shape_BTD))
+        return kept <= self._ledger.free("activations", self._owner)
+
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         """Check a batch and charge its activations. Raises ContextTooLong, OutOfMemory. (On the loop.)
 
         Where they do not fit, those of batch `seq` are computed a second time in backward instead of kept.
         """
-        batch, time, hidden = shape_BTD
-        if time > self._model.context_length:
-            raise ContextTooLong(f"{time} tokens are more than the model's context of {self._model.context_length}")
-        inner = getattr(self._model.checkpoint.config, "intermediate_size", None) or 4 * hidden
-        sizes = (batch * time, hidden, inner, len(self.span), self._model.shard.dtype.itemsize)
+        if shape_BTD[1] > self._model.context_length:
+            raise ContextTooLong(
+                f"{shape_BTD[1]} tokens are more than the model's context of {self._model.context_length}"
+            )
+        sizes = self._sizes(shape_BTD)
         # What is done with is given back here, with the next batch's charge.
         others = sum(self._charged.values())
         try:
@@ -108,6 +113,12 @@ class AdapterStage:
             if not self.reason:
                 self.reason = f"activations are computed twice: {error.cause}"
                 log.warning("activations_recomputed", owner=self._owner, reason=self.reason)
+
+    def _sizes(self, shape_BTD: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+        """What `node.recompute` estimates activations by."""
+        batch, time, hidden = shape_BTD
+        inner = getattr(self._model.checkpoint.config, "intermediate_size", None) or 4 * hidden
+        return batch * time, hidden, inner, len(self.span), self._model.shard.dtype.itemsize
 
     def _charge(self, seq: int, others: int, size: int) -> None:
         self._ledger.charge("activations", self._owner, others + size)

@@ -32,6 +32,9 @@ class StageSession:
         self._member = member
         self._assignment = assignment
 
+    def fits(self, shape_BTD: tuple[int, ...]) -> bool:
+        return self._member.stage.fits(shape_BTD)
+
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         self._member.stage.admit(seq, shape_BTD)
 

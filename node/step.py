@@ -3,7 +3,7 @@
 Three loops run side by side, each through the microbatches in order, so that every stage adds up its
 gradients in the same order whatever arrives when:
 
-    feed     embed → the lead's own blocks → the chain          at most `window` microbatches under way
+    feed     embed → the lead's own blocks → the chain          as many microbatches under way as `node.turns` says
     head     the chain's output → loss → gradient → the chain
     settle   the chain's gradient → the lead's own blocks
 
@@ -19,13 +19,14 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from node.loss import label_loss
 from node.stage import AdapterStage
-from node.turns import window
+from node.turns import Room, window
 from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
 from swarm.data.microbatch import Microbatch
@@ -93,7 +94,7 @@ class _Pass:
         self._compute = compute
         self._chain = chain
         self._parts = parts
-        self._room = asyncio.Semaphore(window(1 if chain is None else len(chain.hops) + 1, 0))
+        self._room = Room(window(1 if chain is None else len(chain.hops) + 1, 0))
         self._outputs: asyncio.Queue[asyncio.Task[tuple[int, torch.Tensor | None]]] = asyncio.Queue()
         self._gradients: asyncio.Queue[asyncio.Task[tuple[torch.Tensor | None, float]]] = asyncio.Queue()
         self._losses: list[float] = []
@@ -112,8 +113,8 @@ class _Pass:
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
         for number, part in enumerate(self._parts):
-            await self._room.acquire()
             shape = (*part.batch.input_ids_BT.shape, self._head.width)
+            await self._room.forward(partial(self._stage.fits, shape))
             self._stage.admit(number, shape)
 
             def forward(number: int = number, batch: Batch = part.batch) -> torch.Tensor | None:
@@ -169,7 +170,7 @@ class _Pass:
             self._squared_norm += squared_norm + await self._on_thread(backward, RANK_BACKWARD)
             if gradient is None:
                 self._squared_norm = math.nan
-            self._room.release()
+            await self._room.backward()
 
     async def _on_thread(self, piece: Any, rank: float) -> Any:
         return await self._compute.run(Priority.TRAIN, piece, rank=rank)

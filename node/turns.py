@@ -1,26 +1,44 @@
-"""The order of a stage's work in a pipeline: one forward, one backward (1F1B). Pure.
+"""The order of a stage's work in a pipeline: one forward, one backward (1F1B).
 
 After PipeDream-Flush (Narayanan et al., 2019 and 2021): a stage runs as many forward passes as there
 are stages from it to the loss, itself included, then one backward and one forward pass in turn. So it
 keeps no more graphs than that, whatever the number of microbatches.
 
+Over links that take time this leaves every stage waiting for what is under way. Where memory has room a stage runs up
+to twice as many forward passes ahead, so that there is work on the link and at the stage at once ("eager" 1F1B,
+Zhuang et al., 2022; docs/experiments.md).
+
 The lead computes the loss, so a chain of S nodes has S + 1 stages: the nodes' blocks and, last, the
-head on the lead. Node k (the lead is 0) keeps at most S + 1 - k graphs. A node alone waits for nobody: one graph.
+head on the lead. Node k (the lead is 0) keeps S + 1 - k graphs, twice that at most. A node alone waits for nobody: one
+graph.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 Pass = Literal["forward", "backward"]
 
 
-def window(nodes: int, index: int) -> int:
-    """Graphs that node `index` of a chain of so many nodes keeps at once."""
+@dataclass(frozen=True)
+class Window:
+    """How many graphs a stage keeps at once."""
+
+    least: int
+    """However short memory is."""
+    most: int
+
+
+def window(nodes: int, index: int) -> Window:
+    """Of node `index` of a chain of so many nodes."""
     if not 0 <= index < nodes:
         raise ValueError(f"a chain of {nodes} nodes has no node {index}")
-    return 1 if nodes == 1 else nodes + 1 - index
+    if nodes == 1:
+        return Window(1, 1)
+    return Window(nodes + 1 - index, 2 * (nodes + 1 - index))
 
 
 def auto_microbatches(nodes: int, batch_size: int) -> int:
@@ -33,7 +51,7 @@ def auto_microbatches(nodes: int, batch_size: int) -> int:
 class Turns:
     """How far a stage is within one optimizer step. Each pass goes through its microbatches in order."""
 
-    window: int
+    window: Window
     forwards: int = 0
     backwards: int = 0
 
@@ -41,12 +59,13 @@ class Turns:
     def held(self) -> int:
         return self.forwards - self.backwards
 
-    def may_forward(self) -> bool:
-        return self.held < self.window
+    def may_forward(self, fits: Callable[[], bool]) -> bool:
+        """`fits`: whether memory has room for one more graph; asked beyond the least window only."""
+        return self.held < self.window.least or (self.held < self.window.most and fits())
 
     def forward(self) -> Turns:
         """After one more forward pass. Raises ValueError if it is not its turn."""
-        if not self.may_forward():
+        if self.held >= self.window.most:
             raise ValueError(f"{self.held} microbatches wait for their gradients already")
         return Turns(self.window, self.forwards + 1, self.backwards)
 
@@ -56,11 +75,35 @@ class Turns:
         return Turns(self.window, self.forwards, self.backwards + 1)
 
 
+class Room:
+    """Where a stage waits for its turn. Of one event loop."""
+
+    def __init__(self, window: Window) -> None:
+        self._turns = Turns(window)
+        self._changed = asyncio.Condition()
+
+    @property
+    def held(self) -> int:
+        return self._turns.held
+
+    async def forward(self, fits: Callable[[], bool]) -> None:
+        """Wait until one more graph may be kept. `fits` as in `Turns.may_forward`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._turns.may_forward(fits))
+            self._turns = self._turns.forward()
+
+    async def backward(self) -> None:
+        """A graph is gone. Raises ValueError if there was none."""
+        async with self._changed:
+            self._turns = self._turns.backward()
+            self._changed.notify_all()
+
+
 def order(microbatches: int, window: int) -> list[tuple[Pass, int]]:
     """What a stage runs when nothing keeps it waiting: every pass with its microbatch, in order."""
-    turns, found = Turns(window), list[tuple[Pass, int]]()
+    turns, found = Turns(Window(window, window)), list[tuple[Pass, int]]()
     while turns.backwards < microbatches:
-        if turns.forwards < microbatches and turns.may_forward():
+        if turns.forwards < microbatches and turns.held < window:
             found.append(("forward", turns.forwards))
             turns = turns.forward()
         else:

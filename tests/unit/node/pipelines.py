@@ -83,7 +83,7 @@ class Hosted:
         self.most_held = 0
         self._held = 0
         self.drop, self.squared_norm = stage.drop, stage.squared_norm
-        self.admit, self.step, self.skip = stage.admit, stage.step, stage.skip
+        self.fits, self.admit, self.step, self.skip = stage.fits, stage.admit, stage.step, stage.skip
 
     async def accept(self, caller: str, request: pb.Open) -> Hosted:
         return self
