@@ -247,6 +247,7 @@ class Stage:
 
     def __init__(self, stage: AdapterStage) -> None:
         self._stage = stage
+        self.fits = stage.fits
         self.admit = stage.admit
         self.drop = stage.drop
         self.squared_norm = stage.squared_norm

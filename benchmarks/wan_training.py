@@ -1,7 +1,7 @@
 """What share of its time does a pipeline over home links compute, with rounds that overlap and with rounds that wait?
 
 A job of two nodes, each with a part of SmolLM2-135M in float32 and one thread: LoRA r 8 on all linear layers,
-H = 20 inner steps of 8 pieces of 256 tokens of film reviews, every position labelled, codecs and 8-bit activations
+H = 20 inner steps of 16 pieces of 256 tokens of film reviews, every position labelled, codecs and 8-bit activations
 as a job has them by default. Each piece is a microbatch: the first and the last crossing of a step are hidden behind
 nothing, and the smaller they are, the shorter. Real processes behind the shaping proxy (`benchmarks.links`): each
 node is dialled over a link of its own and dials the coordinator over another, all of 100 ms round trip and 20 Mbit/s
@@ -104,9 +104,9 @@ class Measured:
 def main(
     inner_steps: Annotated[int, typer.Option(min=3, help="H.")] = 20,
     overlap_steps: Annotated[int, typer.Option(min=1, help="Of the job whose rounds overlap.")] = 2,
-    batch: Annotated[int, typer.Option(min=4, help="Pieces of an inner step.")] = 8,
+    batch: Annotated[int, typer.Option(min=4, help="Pieces of an inner step.")] = 16,
     piece_tokens: Annotated[int, typer.Option(min=8, help="Tokens of a piece.")] = 256,
-    microbatches: Annotated[int, typer.Option(min=0, help="Of a batch; 0: as a job has by default.")] = 8,
+    microbatches: Annotated[int, typer.Option(min=0, help="Of a batch; 0: as a job has by default.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, in every process.")] = 1,
     json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
