@@ -249,6 +249,7 @@ class Stage:
         self._stage = stage
         self.fits = stage.fits
         self.admit = stage.admit
+        self.give_back = stage.give_back
         self.drop = stage.drop
         self.squared_norm = stage.squared_norm
         self.step = stage.step

@@ -207,12 +207,10 @@ class JobDriver:
             return
         if not pipeline.has(caller):
             raise ContributionError(f"the node is not in pipeline {pipeline_id}")
-        delivered = self._state.phase is Phase.OPEN and pipeline.payload_of(caller) is not None
-        if delivered and blamed in ("", caller):
-            return
-        await self._background.uncancelled(self._give_up(round, pipeline_id, why, blamed))
+        by = caller if blamed in ("", caller) else ""
+        await self._background.uncancelled(self._give_up(round, pipeline_id, why, blamed, by))
 
-    async def _give_up(self, round: int, pipeline_id: int, why: str, blamed: str) -> None:
+    async def _give_up(self, round: int, pipeline_id: int, why: str, blamed: str, by: str) -> None:
         async with self._shared.placement_lock:
             # Who is at fault must be known: else the same nodes would be tried again.
             named = next((p for p in self._state.pipelines if p.pipeline_id == pipeline_id and p.has(blamed)), None)
@@ -220,7 +218,7 @@ class JobDriver:
                 # Or it would be tried again at once, and a node that comes back in seconds would find a paused job.
                 self._neighbours.doubt(blamed)
             spares = self._spares([pipeline_id], blamed) if named is not None else ()
-            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares))
+            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares, by))
 
     async def decide(self, event: Event) -> None:
         """One step, whether or not who asked for it waits for its end."""

@@ -52,6 +52,8 @@ class Abandoned:
     pipeline_id: int
     reason: str
     spares: tuple[PipelinePlan, ...] = ()
+    by: str = ""
+    """The member, where nobody else is at fault: without effect once its contribution is held."""
 
 
 @dataclass(frozen=True)

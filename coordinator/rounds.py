@@ -277,6 +277,7 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
         or event.round != state.round
         or pipeline is None
         or pipeline.standing is not Standing.ACTIVE
+        or (event.by and pipeline.payload_of(event.by) is not None)
     ):
         return state, ()
     return _lost(state, [event.pipeline_id], event.reason, event.now_s, event.spares)

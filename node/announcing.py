@@ -36,18 +36,18 @@ async def keep_announced(write: Callable[[], Awaitable[bool]], first: Callable[[
             if len(writes) < WRITES_AT_ONCE:
                 begun += 1
                 writes.add(asyncio.create_task(numbered(begun)))
-            next_s = clock_s() + pause_s
-            while writes and (left_s := next_s - clock_s()) > 0:
+            began_s = clock_s()
+            while writes and (left_s := began_s + pause_s - clock_s()) > 0:
                 done, writes = await asyncio.wait(writes, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                for number, taken in sorted(task.result() for task in done):
-                    if taken:
-                        if not newest_taken:
-                            first()
-                        newest_taken, pause_s = max(newest_taken, number), refresh_s
-                    elif number > newest_taken:
-                        pause_s = AGAIN_S
-                        log.warning("not_announced", reason="no DHT peer took the record; trying again")
-            await asyncio.sleep(max(0.0, next_s - clock_s()))
+                ended = sorted(task.result() for task in done)
+                if taken := [number for number, was_taken in ended if was_taken]:
+                    if not newest_taken:
+                        first()
+                    newest_taken, pause_s = max(newest_taken, *taken), refresh_s
+                if any(number > newest_taken for number, _ in ended):
+                    pause_s = AGAIN_S
+                    log.warning("not_announced", reason="no DHT peer took the record; trying again")
+            await asyncio.sleep(max(0.0, began_s + pause_s - clock_s()))
     finally:
         for task in writes:
             task.cancel()

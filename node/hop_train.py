@@ -1,9 +1,8 @@
 """A training chain's hop: what the coordinator assigned, computed by this node's trainer.
 
-Forward and backward passes take turns as `node.turns` says, so that this node keeps no more graphs than
-stand between it and the loss; backward passes go before forward passes on the compute thread. What is
-not finite is never sent: the message says `void` instead, up and down the chain, and the lead
-skips the optimizer step on every stage.
+Forward and backward passes take turns as `node.turns` says; backward passes go before forward passes on the
+compute thread. What is not finite is never sent: the message says `void` instead, up and down the chain, and
+the lead skips the optimizer step on every stage.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ class TrainStage(Protocol):
 
     def fits(self, shape_BTD: tuple[int, ...]) -> bool: ...
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None: ...
+    def give_back(self) -> None: ...
     def train_forward(
         self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
     ) -> torch.Tensor: ...
@@ -145,6 +145,7 @@ class TrainHop(ChainHop):
             raise ProtocolError(f"an optimizer step while {self._room.held} batches wait for their gradients")
         if not (math.isfinite(message.lr) and message.lr >= 0 and 0 <= message.scale <= 1):
             raise ProtocolError(f"an optimizer step at rate {message.lr} and scale {message.scale}")
+        stage.give_back()
         if message.skip:
             await run(Priority.TRAIN, stage.skip, rank=RANK_BACKWARD)
         else:

@@ -84,14 +84,16 @@ class AdapterStage:
         between_layers(self._view.blocks, give_way)
         self.give_way = give_way
         """For what is computed beside the blocks."""
-        self._autocast = spec.precision == "bfloat16"
+        # Weights in bfloat16 need none, and LoRA's products are summed in place only without (`swarm.adapters.fused`).
+        self._autocast = spec.precision == "bfloat16" and model.shard.dtype != torch.bfloat16
         self.reason = ""
         """Why it is slower than it could be; empty: it is not."""
 
     def fits(self, shape_BTD: tuple[int, ...]) -> bool:
-        """Whether one more batch's activations can be kept beside those that are. (On the loop.)"""
+        """Whether one more batch's activations can be kept beside those that are, and leave as much memory again to
+        sessions, to other jobs and to what the estimate leaves out. (On the loop.)"""
         kept = sum(self._charged.values()) + kept_bytes(*self._sizes(shape_BTD))
-        return kept <= self._ledger.free("activations", self._owner)
+        return 2 * kept <= self._ledger.free("activations", self._owner)
 
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         """Check a batch and charge its activations. Raises ContextTooLong, OutOfMemory. (On the loop.)
@@ -103,7 +105,6 @@ class AdapterStage:
                 f"{shape_BTD[1]} tokens are more than the model's context of {self._model.context_length}"
             )
         sizes = self._sizes(shape_BTD)
-        # What is done with is given back here, with the next batch's charge.
         others = sum(self._charged.values())
         try:
             self._charge(seq, others, kept_bytes(*sizes))
@@ -113,6 +114,10 @@ class AdapterStage:
             if not self.reason:
                 self.reason = f"activations are computed twice: {error.cause}"
                 log.warning("activations_recomputed", owner=self._owner, reason=self.reason)
+
+    def give_back(self) -> None:
+        """Charge only what is kept: what is done with goes back with the next batch, or here. (On the loop.)"""
+        self._ledger.charge("activations", self._owner, sum(self._charged.values()))
 
     def _sizes(self, shape_BTD: tuple[int, ...]) -> tuple[int, int, int, int, int]:
         """What `node.recompute` estimates activations by."""

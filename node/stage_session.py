@@ -38,6 +38,9 @@ class StageSession:
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
         self._member.stage.admit(seq, shape_BTD)
 
+    def give_back(self) -> None:
+        self._member.stage.give_back()
+
     def train_forward(
         self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
     ) -> torch.Tensor:

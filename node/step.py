@@ -108,6 +108,7 @@ class _Pass:
                     group.create_task(loop)
         except ExceptionGroup as failures:
             raise first_failure(failures) from failures
+        self._stage.give_back()
         # In the order of the microbatches: a sum of floats depends on it.
         return sum(self._losses), math.sqrt(self._squared_norm)
 

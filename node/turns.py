@@ -1,4 +1,4 @@
-"""The order of a stage's work in a pipeline: one forward, one backward (1F1B).
+"""When a stage of a pipeline may run ahead: one forward, one backward (1F1B), and further where memory has room.
 
 After PipeDream-Flush (Narayanan et al., 2019 and 2021): a stage runs as many forward passes as there
 are stages from it to the loss, itself included, then one backward and one forward pass in turn. So it
@@ -18,9 +18,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-Pass = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -97,16 +94,3 @@ class Room:
         async with self._changed:
             self._turns = self._turns.backward()
             self._changed.notify_all()
-
-
-def order(microbatches: int, window: int) -> list[tuple[Pass, int]]:
-    """What a stage runs when nothing keeps it waiting: every pass with its microbatch, in order."""
-    turns, found = Turns(Window(window, window)), list[tuple[Pass, int]]()
-    while turns.backwards < microbatches:
-        if turns.forwards < microbatches and turns.held < window:
-            found.append(("forward", turns.forwards))
-            turns = turns.forward()
-        else:
-            found.append(("backward", turns.backwards))
-            turns = turns.backward()
-    return found

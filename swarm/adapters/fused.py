@@ -4,11 +4,12 @@ PEFT computes x W' + (x A') B' * scale as four tensors as wide as the layer's ou
 BLAS adds each thin product to the wide one in place, and the scale is applied where it is r wide: the same sum,
 rounded in another order, for about a tenth less time of a training step (docs/experiments.md).
 
-Over bfloat16 weights the thin products are bfloat16 too, with sums in float32 as BLAS has them, where PEFT widens
-the layer's input for them; the adapter itself, its gradients and its optimizer stay float32.
+Over bfloat16 weights the thin products are bfloat16 too, where PEFT widens the layer's input for them: sums are
+float32 within a product, and a microbatch's gradient is rounded before it is added to the adapter's, which stays
+float32 as the adapter and its optimizer do.
 
-In: PEFT's LoRA layers over plain float linear layers. Out: the same layers, whose forward pass is this one while
-gradients are recorded. Without gradients, under autocast, and over quantized or other layers PEFT's own runs.
+In: PEFT's LoRA layers over plain linear layers in float32 or bfloat16. Out: the same layers, whose forward pass is this
+one while gradients are recorded. Without gradients, under autocast, and over quantized or other layers PEFT's own runs.
 """
 
 from __future__ import annotations

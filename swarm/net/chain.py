@@ -126,6 +126,8 @@ class Chain:
         self._timeout_s = timeout_s
         self._seq = 0
         self._waiting: dict[tuple[str, int], asyncio.Future[_Answer]] = {}
+        self._limits: set[asyncio.Timeout] = set()
+        """Of the calls that wait."""
         self._readers: list[asyncio.Task[None]] = []
         self._failure: SwarmError | None = None
         self._failed = asyncio.Event()
@@ -155,7 +157,8 @@ class Chain:
         """Open every hop from index `first` on.
 
         encoding: how activations cross the links. dtype, device: of the tensors that calls return.
-        timeout_s: the longest that one step of the whole chain may take.
+        timeout_s: the longest that the whole chain may be silent while a call waits: any answer starts it anew, since
+        calls of training queue behind one another.
         Raises PeerLost, VersionError, ModelMismatch, SessionError, Busy and what a node's own checks raise.
         """
         terms = terms or SessionTerms()
@@ -333,9 +336,13 @@ class Chain:
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._waiting[(kind, number)] = answer
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await stream.send(frame, payload)
-                return await answer
+            async with asyncio.timeout(self._timeout_s) as limit:
+                self._limits.add(limit)
+                try:
+                    await stream.send(frame, payload)
+                    return await answer
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError as error:
             raise PeerLost(f"the chain {self._route()} did not answer within {self._timeout_s:.0f} s") from error
         finally:
@@ -388,6 +395,9 @@ class Chain:
             raise PeerLost(f"the chain {self._route()} lost its way back to here")
         else:
             raise ProtocolError(f"unexpected frame '{kind}' from a chain")
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
         answer = self._waiting.get((kind, number))
         if answer is not None and not answer.done():
             answer.set_result(value)

@@ -83,7 +83,8 @@ class Hosted:
         self.most_held = 0
         self._held = 0
         self.drop, self.squared_norm = stage.drop, stage.squared_norm
-        self.fits, self.admit, self.step, self.skip = stage.fits, stage.admit, stage.step, stage.skip
+        self.fits, self.admit, self.give_back = stage.fits, stage.admit, stage.give_back
+        self.step, self.skip = stage.step, stage.skip
 
     async def accept(self, caller: str, request: pb.Open) -> Hosted:
         return self

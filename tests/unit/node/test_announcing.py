@@ -49,7 +49,7 @@ async def test_a_write_that_hangs_delays_no_other_up_to_a_limit() -> None:
     assert all(ends.cancelled() for ends in (hanging[0], *hanging[2:]))
 
 
-async def test_refusing_an_overtaken_write_is_no_failure_and_refusing_the_newest_is() -> None:
+async def test_refusing_an_overtaken_write_is_no_failure() -> None:
     dht = Dht()
     with capture_logs() as logs:
         task = asyncio.create_task(keep_announced(dht.write, dht.first.set, _REFRESH_S))
@@ -58,9 +58,32 @@ async def test_refusing_an_overtaken_write_is_no_failure_and_refusing_the_newest
         await dht.first.wait()
         older.set_result(False)
         (await dht.begun.get()).set_result(True)
-        assert not logs
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert not logs
+
+
+async def test_a_refusal_and_a_newer_success_at_once_are_no_failure() -> None:
+    dht = Dht()
+    with capture_logs() as logs:
+        task = asyncio.create_task(keep_announced(dht.write, dht.first.set, _REFRESH_S))
+        older, newer = await dht.begun.get(), await dht.begun.get()
+        older.set_result(False)
+        newer.set_result(True)
+        await dht.first.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert not logs
+
+
+async def test_what_nobody_took_is_written_again_soon() -> None:
+    dht = Dht()
+    with capture_logs() as logs:
+        task = asyncio.create_task(keep_announced(dht.write, dht.first.set, 3600.0))
         (await dht.begun.get()).set_result(False)
-        (await dht.begun.get()).set_result(True)  # a second later
+        async with asyncio.timeout(60):
+            (await dht.begun.get()).set_result(True)
+        await dht.first.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert [entry["event"] for entry in logs] == ["not_announced"]

@@ -66,22 +66,34 @@ async def test_split_gradients_are_those_of_the_unsplit_batch(tiny: Path, tmp_pa
         assert_close(found, expected)
 
 
-async def test_where_memory_is_short_a_stage_keeps_fewer_graphs_and_computes_none_twice(
-    tiny: Path, tmp_path: Path
+@pytest.mark.parametrize("roomy", [True, False])
+async def test_a_stage_runs_ahead_of_gradients_as_far_as_memory_has_room(
+    tiny: Path, tmp_path: Path, roomy: bool
 ) -> None:
+    microbatches = split_batch(batch_of([6] * 12), 12)
     held = Part(tiny, Span(2, BLOCKS), EXACT)
     empty = held.ledger.used_bytes
-    microbatches = split_batch(batch_of([6] * 12), 12)
-    held.stage.admit(0, (*microbatches[0].batch.input_ids_BT.shape, Head(held.checkpoint, torch.float32, CPU).width))
+    head = Head(held.checkpoint, torch.float32, CPU)
+    held.stage.admit(0, (*microbatches[0].batch.input_ids_BT.shape, head.width))
     each = held.ledger.used_bytes - empty
     held.compute.stop()
-    for room, most in ((window(2, 1).least, window(2, 1).least), (100, window(2, 1).most)):
-        keys = tmp_path / str(room)
-        keys.mkdir()
-        async with pipeline_of(tiny, EXACT, keys, second_budget_bytes=empty + each * room) as pipeline:
-            await pipeline.driver.gradient(microbatches)
-            assert pipeline.hosted.most_held <= most
-            assert pipeline.second.stage.reason == ""
+    of_stage = window(2, 1)
+    budget = empty + each * (2 * of_stage.most if roomy else of_stage.least)
+    async with pipeline_of(tiny, EXACT, tmp_path, second_budget_bytes=budget) as pipeline:
+        idle = pipeline.lead.ledger.used_by("activations")
+        # No gradient is sent: what comes back is what the stage does without.
+        hidden = head.embed(microbatches[0].batch.input_ids_BT).detach()
+        alone = of_stage.most if roomy else of_stage.least
+        ahead = [await pipeline.chain.train_forward(hidden) for _ in range(alone)]
+        assert pipeline.hosted.most_held == alone
+        for seq, output in ahead:
+            await pipeline.chain.train_backward(seq, output)
+        loss, _ = await pipeline.driver.gradient(microbatches)
+        assert math.isfinite(loss)
+        assert pipeline.hosted.most_held <= (of_stage.most if roomy else of_stage.least)
+        assert pipeline.second.stage.reason == "", "nothing was computed twice"
+        await pipeline.driver.step(microbatches, LR)
+        assert pipeline.lead.ledger.used_by("activations") == idle
 
 
 async def test_the_same_steps_give_the_same_bits(tiny: Path, tmp_path: Path) -> None:
