@@ -64,7 +64,6 @@ def cells() -> list[Cell]:
                 found.append(_ddp(_DDP_RATE, seed, ours.inner_steps))
     found += [
         Cell("diloco-fp32", uplink=_DENSE, downlink=_DENSE),
-        Cell("diloco-fp32-paper", outer=_PAPER, uplink=_DENSE, downlink=_DENSE),
         Cell(
             "cocktail-published",
             outer=_PLAIN,
@@ -77,14 +76,15 @@ def cells() -> list[Cell]:
             uplink=CodecSettings(density=0.015625, bits=2, decay=0.95),
             downlink=_DENSE,
         ),
-        replace(OURS, name="ours-reference", start="reference"),
         replace(OURS, name="ours-by-label", split="by-label"),
         replace(OURS, name="ours-drop-25", drop=0.25),
         replace(OURS, name="ours-joiner", join_round=6),
         replace(OURS, name="ours-overlap-2", overlap=2),
-        replace(OURS, name="ours-overlap-10", overlap=10),
         replace(OURS, name="ours-int8", activations="int8"),
         replace(OURS, name="ours-int4", activations="int4"),
+        replace(OURS, name="ours-overlap-10", overlap=10),
+        replace(OURS, name="ours-reference", start="reference"),
+        Cell("diloco-fp32-paper", outer=_PAPER, uplink=_DENSE, downlink=_DENSE),
     ]
     return found
 
