@@ -75,6 +75,8 @@ class Intake:
             return f"{request.inner_steps} inner steps instead of {schedule.inner_steps}"
         if request.tokens > most_tokens or (leads and request.tokens == 0):
             return f"{request.tokens} tokens; a round has from 1 to {most_tokens}"
+        if request.skipped_steps >= request.inner_steps:
+            return f"{request.skipped_steps} of {request.inner_steps} inner steps were skipped"
         if request.label_tokens > request.tokens:
             return f"{request.label_tokens} labelled tokens of {request.tokens}"
         if request.HasField("loss") and not (math.isfinite(request.loss) and request.loss >= 0):
@@ -128,4 +130,5 @@ class Intake:
             reason="",
             receipt=driver.ledger.receipt(request.round, caller, verdict, "", request.payload_sha256),
             label_tokens=request.label_tokens,
+            skipped_steps=request.skipped_steps,
         )

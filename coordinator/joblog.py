@@ -59,7 +59,8 @@ def lines(
                 for p in pipelines
             ]
         case ContributionHeld(number, pipeline_id, held, whole):
-            text = f"held, {held.inner_steps} inner steps{'; its pipeline is whole' if whole else ''}"
+            skipped = f" ({submission.skipped_steps} skipped)" if submission and submission.skipped_steps else ""
+            text = f"held, {held.inner_steps} inner steps{skipped}{'; its pipeline is whole' if whole else ''}"
             size, tokens, loss = (submission.payload_size, submission.tokens, submission.loss) if submission else _NONE
             return [
                 Line(

@@ -53,6 +53,8 @@ class ContributionRecord:
     receipt: bytes
     label_tokens: int = 0
     """Tokens that carried loss; leads know it."""
+    skipped_steps: int = 0
+    """Of `inner_steps`: dropped, since their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from swarm.ids import Span
 
 _CONTRIBUTION = (
     "round, generation, pipeline_id, peer, lead, payload, payload_size, inner_steps, tokens, loss,"
-    " verdict, reason, receipt, label_tokens"
+    " verdict, reason, receipt, label_tokens, skipped_steps"
 )
 
 
@@ -288,9 +288,9 @@ class Storage:
 
     def insert_contribution(self, job_id: str, c: ContributionRecord) -> None:
         self._db.write(
-            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(job_id, c.round, c.generation, c.pipeline_id, c.peer, int(c.lead), c.payload, c.payload_size),
-            *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt, c.label_tokens),
+            *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt, c.label_tokens, c.skipped_steps),
         )
 
     def set_verdict(self, job_id: str, c: ContributionRecord, *, counts: bool) -> None:

@@ -65,6 +65,12 @@ class Honest:
         database.close()
         return found
 
+    def columns(self, table: str) -> list[str]:
+        database = sqlite3.connect(f"file:{self._database}?mode=ro", uri=True)
+        found = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        database.close()
+        return found
+
     async def send(self, frame: bytes, **changes: object) -> pb.Receipt:
         """Upload and contribute; the receipt's signature is checked."""
         digest = await upload(self.swarm.service, self.node.peer, frame)
@@ -205,11 +211,20 @@ async def test_a_payload_that_is_not_the_expected_one(
         ({"payload_sha256": sha256(b"never uploaded")}, "not uploaded"),
         ({"inner_steps": 300}, "300 inner steps instead of 3"),
         ({"tokens": 1 << 40}, "tokens; a round has"),
+        ({"skipped_steps": 3}, "3 of 3 inner steps were skipped"),
     ],
-    ids=["future", "far", "generation", "pipeline", "oversized", "size", "absent", "steps", "tokens"],
+    ids=["future", "far", "generation", "pipeline", "oversized", "size", "absent", "steps", "tokens", "skipped"],
 )
 async def test_a_request_that_is_wrong(honest: Honest, changes: dict[str, object], reason: str) -> None:
     await honest.refused(honest.node.frame(honest.part), reason, **changes)
+
+
+async def test_skipped_steps_are_kept_and_told(honest: Honest) -> None:
+    assert (await honest.send(honest.node.frame(honest.part), skipped_steps=2)).verdict == pb.VERDICT_HELD
+    reply = await honest.swarm.service.job_log(RESEARCHER, pb.JobLogRequest(job="poems", wait_s=5))
+    assert "held, 3 inner steps (2 skipped)" in [line.text for line in reply.lines]
+    at = honest.columns("contribution").index("skipped_steps")
+    assert [row[at] for row in honest.rows()["contribution"]] == [2]
 
 
 async def test_another_job(honest: Honest) -> None:
