@@ -288,7 +288,7 @@ class Storage:
 
     def insert_contribution(self, job_id: str, c: ContributionRecord) -> None:
         self._db.write(
-            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO contribution (job_id, {_CONTRIBUTION}) VALUES (?{', ?' * (_CONTRIBUTION.count(',') + 1)})",
             *(job_id, c.round, c.generation, c.pipeline_id, c.peer, int(c.lead), c.payload, c.payload_size),
             *(c.inner_steps, c.tokens, c.loss, c.verdict, c.reason, c.receipt, c.label_tokens, c.skipped_steps),
         )
