@@ -296,9 +296,14 @@ def test_ctrl_c_stops_the_call_and_keeps_the_session(
 
         def end(self) -> None: ...
 
+    # A shell that starts this in the background has the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with remote.session() as cache:
-        with pytest.raises(KeyboardInterrupt):
-            remote.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, streamer=Interrupt())
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                remote.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, streamer=Interrupt())
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert prompt.shape[1] <= cache.get_seq_length() < prompt.shape[1] + 100
         _same(remote, local, prompt, max_new_tokens=10)
 
