@@ -8,7 +8,7 @@ is no failure.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 
 import structlog
 
@@ -19,33 +19,35 @@ AGAIN_S = 1.0
 log = structlog.get_logger()
 
 
-async def keep_announced(write: Callable[[], Awaitable[bool]], first: Callable[[], None], refresh_s: float) -> None:
+async def keep_announced(
+    write: Callable[[], Coroutine[None, None, bool]], first: Callable[[], None], refresh_s: float
+) -> None:
     """Write every `refresh_s` seconds until cancelled; `first` is called once a write was taken.
 
     Raises what `write` and `first` raise.
     """
     clock_s = asyncio.get_running_loop().time
-    writes: set[asyncio.Task[tuple[int, bool]]] = set()
-    begun, newest_taken, pause_s = 0, 0, refresh_s
-
-    async def numbered(number: int) -> tuple[int, bool]:
-        return number, await write()
-
+    writes: dict[asyncio.Task[bool], int] = {}
+    begun, newest_taken, newest_refused, pause_s = 0, 0, 0, refresh_s
     try:
         while True:
             if len(writes) < WRITES_AT_ONCE:
                 begun += 1
-                writes.add(asyncio.create_task(numbered(begun)))
+                writes[asyncio.create_task(write())] = begun
             began_s = clock_s()
             while writes and (left_s := began_s + pause_s - clock_s()) > 0:
-                done, writes = await asyncio.wait(writes, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                ended = sorted(task.result() for task in done)
-                if taken := [number for number, was_taken in ended if was_taken]:
+                ended, _ = await asyncio.wait(writes, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    number, taken = writes.pop(task), task.result()
+                    if not taken:
+                        newest_refused = max(newest_refused, number)
+                        continue
                     if not newest_taken:
                         first()
-                    newest_taken, pause_s = max(newest_taken, *taken), refresh_s
-                if any(number > newest_taken for number, _ in ended):
-                    pause_s = AGAIN_S
+                    newest_taken, pause_s = max(newest_taken, number), refresh_s
+                # A newer one under way may be what stood in the way of an older one.
+                if newest_refused > max(newest_taken, *writes.values(), 0):
+                    newest_refused, pause_s = 0, AGAIN_S
                     log.warning("not_announced", reason="no DHT peer took the record; trying again")
             await asyncio.sleep(max(0.0, began_s + pause_s - clock_s()))
     finally:

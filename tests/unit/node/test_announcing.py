@@ -76,6 +76,21 @@ async def test_a_refusal_and_a_newer_success_at_once_are_no_failure() -> None:
     assert not logs
 
 
+async def test_a_refusal_while_a_newer_write_is_under_way_waits_for_its_end() -> None:
+    """Replicas may have taken the newer one already, which then waits for one that hangs."""
+    dht = Dht()
+    with capture_logs() as logs:
+        task = asyncio.create_task(keep_announced(dht.write, dht.first.set, _REFRESH_S))
+        older, newer = await dht.begun.get(), await dht.begun.get()
+        older.set_result(False)
+        await dht.begun.get()  # so the older one has been looked at
+        newer.set_result(True)
+        await dht.first.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert not logs
+
+
 async def test_what_nobody_took_is_written_again_soon() -> None:
     dht = Dht()
     with capture_logs() as logs:
