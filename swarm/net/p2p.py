@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 from google.protobuf.message import Message
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
@@ -125,6 +126,9 @@ class Peer:
                     )
                     dht = await DHTNode.create(
                         p2p=p2p,
+                        # The same after a restart. With a new one others would know this peer twice, send it every
+                        # record twice, and take its refusal of the second for nobody's having the first.
+                        node_id=DHTID.generate(source=identity.peer_id),
                         initial_peers=list(bootstrap) or None,
                         client_mode=settings.client_only,
                         record_validator=SignedRecords(identity),

@@ -117,3 +117,18 @@ async def test_records_are_seen_at_once_and_dead_nodes_leave_in_time(start_peer:
     while dying.peer_id in {n.peer_id for n in (await snapshot(reader, MODEL)).nodes}:
         assert time.monotonic() - died_s < 2 * RECORD_TTL_S
     assert RECORD_TTL_S - 1.5 < time.monotonic() - died_s < 10.0
+
+
+async def test_a_node_that_was_started_again_is_one_node_to_others(start_peer: StartPeer) -> None:
+    """Else it would be sent every record twice, refuse the second, and look as if it had none."""
+    reader, node, again = await start_peer("reader"), await start_peer("node"), await start_peer("again")
+    assert await publish_status(again, MODEL, STATUS)
+    for _ in range(2):
+        await again.stop()
+        again = await start_peer("again")
+        for peer in (reader, node, again):
+            assert await publish_status(peer, MODEL, STATUS)
+    for peer in (reader, node):
+        known = [found.to_base58() for found in peer._dht.protocol.routing_table.uid_to_peer_id.values()]
+        assert known.count(again.peer_id) == 1
+    assert len((await snapshot(node, MODEL)).nodes) == 3
