@@ -40,7 +40,7 @@ _T_975 = {2: 12.706, 3: 4.303}
 
 OURS = Cell(
     "ours-h10",
-    lr=2e-3,
+    lr=1e-3,
     outer=_PLAIN,
     start="own",
     uplink=CodecSettings(density=0.03125, bits=2),
@@ -57,7 +57,8 @@ _DDP_RATE = 1e-3
 def cells() -> list[Cell]:
     """Every cell of the table, the ones that others are judged by first."""
     found = [_ddp(rate) for rate in _DDP_RATES]
-    found.append(replace(OURS, name="ours-rate-0.001", lr=1e-3))
+    found.append(replace(OURS, name="ours-rate-0.002", lr=2e-3))
+    found.append(replace(OURS_BEST, name="ours-rate-0.002-h20", lr=2e-3))
     for ours in (OURS, OURS_BEST):
         for seed in _SEEDS:
             found.append(replace(ours, name=f"{ours.name}-s{seed}" if seed else ours.name, seed=seed))

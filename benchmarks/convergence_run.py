@@ -57,7 +57,7 @@ class Cell:
     seed: int = 0
     inner_steps: int = 10
     rounds: int = 10
-    lr: float = 2e-3
+    lr: float = 1e-3
     ddp: bool = False
     """Synchronous data parallelism: gradients of all pipelines averaged at every step."""
     outer: OuterSettings = _OUTER
