@@ -48,7 +48,7 @@ OURS = Cell(
     downlink=CodecSettings(density=0.125, bits=4, decay=1.0),
 )
 OURS_BEST = replace(OURS, name="ours-h20", inner_steps=20, uplink=CodecSettings(density=0.015625, bits=1))
-"""More inner steps, sent thinner; `table` says which H saves most."""
+"""More inner steps, sent thinner."""
 _DDP_RATES = (5e-4, 1e-3, 2e-3)
 _DDP_RATE = 1e-3
 """What other seeds and lengths are run at: the best of those, for seed 0 and 100 steps."""

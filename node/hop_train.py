@@ -60,14 +60,13 @@ class TrainHop(ChainHop):
 
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
         # Frames behind this one stay in the stream until a gradient has freed a graph.
-        reply = pb.Forward(seq=message.seq, void=True)
+        packed = None
         if message.void:
             await self._room.forward(lambda: True)
-            await self.send_on(pb.Frame(forward=reply))
-            return
-        packed = await self._forward(message, payload)
+        else:
+            packed = await self._forward(message, payload)
         if packed is None:
-            await self.send_on(pb.Frame(forward=reply))
+            await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, void=True)))
         else:
             reply = pb.Forward(seq=message.seq, tensor=packed[0], position_ids=message.position_ids)
             await self.send_on(pb.Frame(forward=reply), packed[1])
