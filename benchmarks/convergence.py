@@ -51,7 +51,7 @@ OURS_BEST = replace(OURS, name="ours-h20", inner_steps=20, uplink=CodecSettings(
 """More inner steps, sent thinner."""
 _DDP_RATES = (5e-4, 1e-3, 2e-3)
 _DDP_RATE = 1e-3
-"""What other seeds and lengths are run at: the best of those, for seed 0 and 100 steps."""
+"""What other seeds and lengths are run at: the best of those that are done, for seed 0 and 100 steps."""
 
 
 def cells() -> list[Cell]:
