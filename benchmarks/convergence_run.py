@@ -24,6 +24,7 @@ from benchmarks.reviews import every_review
 from coordinator.aggregate import OuterState, average, outer_round
 from node.loss import label_loss
 from node.memory import Ledger
+from node.scoring import summed_loss
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.adapters.registry import Parameters
@@ -244,8 +245,8 @@ class Run:
             for stage in stages:
                 hidden = stage.forward(0, hidden, input_grad=False)
                 stage.drop(0)
-            total += label_loss(self._world.head, hidden, part)[0] * len(part)
-        return total / len(rows)
+            total += summed_loss(self._world.head, hidden, part)
+        return total / (len(rows) * (TOKENS - 1))
 
 
 def _values(stages: Sequence[AdapterStage]) -> Parameters:

@@ -58,6 +58,7 @@ from coordinator.round_model import (
 from coordinator.rounds import advance, broken_by, may_repair, recover, refusal
 from coordinator.signal import Signal
 from coordinator.storage import Storage
+from swarm.compress import compile_ahead
 from swarm.config import JobSpec, job_from_json
 from swarm.errors import ContributionError, CoordinatorLost, JobConflict, StorageError
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -167,6 +168,9 @@ class JobDriver:
 
     def start(self) -> None:
         """Go on where the stored state stopped."""
+        if self._state.job is not JobState.FINISHED:
+            ahead = partial(asyncio.to_thread, compile_ahead, self.spec.uplink, self.spec.downlink)
+            self._background.insist("compiling the codec", ahead)
         self._resume_from(self._state)
 
     async def stop(self) -> None:

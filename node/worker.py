@@ -28,6 +28,7 @@ from node.scoring import Scorer
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from node.stage_session import StageSession
+from swarm.compress import compile_ahead
 from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
 from swarm.data.sources import Samples, open_samples
@@ -204,6 +205,8 @@ class Worker:
         if member is None:
             spec = job_from_json(assignment.spec_json)
             owner = f"job {assignment.job_name}"
+            # The first round of a new installation would wait for it at its end, and its pipeline with it.
+            await asyncio.to_thread(compile_ahead, spec.uplink, spec.downlink)
             stage = await self._compute.run(
                 Priority.BACKGROUND,
                 *(AdapterStage, self._model, span, spec, self._ledger, owner, self._compute.give_way),
