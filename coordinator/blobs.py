@@ -3,9 +3,9 @@
 A blob is named by its SHA-256 and nothing else, so no name from outside becomes a path. It is
 written whole or not at all, to wherever complete blobs lie (`coordinator.blobstore`). Uploads under way always
 lie on the local disk: an upload's committed offset is what is durably in its partial file. Every method
-blocks (call it from a thread) and is safe to call from several; errors of the disk or the store are
-StorageError, content that does not match its hash is CorruptData and is removed. After a failed fsync nothing
-is written any more (`coordinator.disk`).
+blocks (call it from a thread) and is safe to call from several; errors of the disk are StorageError, those of a
+store elsewhere BlobStoreAway, content that does not match its hash is CorruptData and is removed. After a failed
+fsync nothing is written any more (`coordinator.disk`).
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _stripe(name: str) -> int:
 
 @contextmanager
 def _disk(doing: str) -> Iterator[None]:
-    """Errors of the disk or the store become StorageError, DiskFull; the path stays in the log of the cause."""
+    """Errors of the disk become StorageError, DiskFull; the path stays in the log of the cause."""
     try:
         yield
     except OSError as error:

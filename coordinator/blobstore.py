@@ -8,7 +8,8 @@ What "written" promises differs:
              (S3, Google Cloud Storage, Azure); its size is read back after every write, so a store that kept
              less is found at once. Contents are checked by their hash whenever a blob is read.
 
-Names are content hashes: a second writer can only write the same bytes. Every method blocks; errors are OSError.
+Names are content hashes: a second writer can only write the same bytes. Every method blocks; errors of a disk are
+OSError, those of an object store BlobStoreAway, but for FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coordinator.disk import Disk, file_error
-from swarm.errors import DataDirLocked, InputError, StorageError, SyncFailed
+from swarm.errors import BlobStoreAway, DataDirLocked, InputError, StorageError, SyncFailed
 from swarm.model.parts import write_whole
 
 _OWNER = "owner"
@@ -121,11 +122,11 @@ class ObjectStore:
     def __init__(self, fs: Any, root: str, owner: str) -> None:
         """`owner`: the coordinator's peer id, kept beside the blobs so that no other one collects them.
 
-        Raises DataDirLocked (another coordinator's), and OSError if the place cannot be written and read.
+        Raises DataDirLocked (another coordinator's), BlobStoreAway (the place cannot be written and read).
         """
         self._fs = fs
         self._root = root.rstrip("/")
-        with _as_os_error():
+        with _answering():
             fs.makedirs(self._root, exist_ok=True)
         if self.size(_OWNER) is None:
             self.put(_OWNER, owner.encode())
@@ -136,14 +137,14 @@ class ObjectStore:
             )
 
     def names(self) -> list[str]:
-        with _as_os_error():
+        with _answering():
             self._fs.invalidate_cache()
             listed = self._fs.ls(self._root, detail=False)
         names = (path.rstrip("/").rpartition("/")[2] for path in listed)
         return [name for name in names if _NAME.fullmatch(name)]
 
     def size(self, name: str) -> int | None:
-        with _as_os_error():
+        with _answering():
             self._fs.invalidate_cache()
             try:
                 return int(self._fs.info(self._path(name))["size"])
@@ -151,19 +152,19 @@ class ObjectStore:
                 return None
 
     def put(self, name: str, data: bytes) -> None:
-        with _as_os_error():
+        with _answering():
             self._fs.pipe_file(self._path(name), data)
         self._check(name, len(data))
 
     def take(self, name: str, path: Path) -> None:
         size = path.stat().st_size
-        with _as_os_error():
+        with _answering():
             self._fs.put_file(str(path), self._path(name))
         self._check(name, size)
         path.unlink()
 
     def read(self, name: str) -> bytes:
-        with _as_os_error():
+        with _answering():
             return bytes(self._fs.cat_file(self._path(name)))
 
     def read_piece(self, name: str, offset: int, length: int) -> bytes:
@@ -172,14 +173,14 @@ class ObjectStore:
             raise FileNotFoundError(f"there is no blob {name[:12]}")
         if offset >= size:  # stores answer a range behind the end with an error
             return b""
-        with _as_os_error():
+        with _answering():
             return bytes(self._fs.cat_file(self._path(name), start=offset, end=min(offset + length, size)))
 
     def sha256(self, name: str) -> bytes:
         return hashlib.sha256(self.read(name)).digest()
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError), _as_os_error():
+        with suppress(FileNotFoundError), _answering():
             self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -188,7 +189,7 @@ class ObjectStore:
     def _check(self, name: str, size: int) -> None:
         found = self.size(name)
         if found != size:
-            raise OSError(f"the store holds {found} of {size} bytes of blob {name[:12]}")
+            raise BlobStoreAway(f"the blob store holds {found} of {size} bytes of blob {name[:12]}")
 
 
 def check_url(url: str) -> None:
@@ -245,18 +246,19 @@ def open_store(place: str, default: Path, owner: str, disk: Disk) -> BlobStore:
     from fsspec.core import url_to_fs
 
     try:
-        with _as_os_error():
+        with _answering():
             # Listings are asked for anew: another process may be ahead of what this one remembers.
             fs, root = url_to_fs(place, use_listings_cache=False, skip_instance_cache=True)
         return ObjectStore(fs, root, owner)
-    except PermissionError as error:
+    except (BlobStoreAway, FileNotFoundError) as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise StorageError(
+                f"the blob store at {place} refuses access: {error.__cause__}",
+                "give this process credentials that may list, read, write and delete there",
+            ) from error
         raise StorageError(
-            f"the blob store at {place} refuses access: {error}",
-            "give this process credentials that may list, read, write and delete there",
-        ) from error
-    except OSError as error:
-        raise StorageError(
-            f"the blob store at {place} cannot be used: {error}", "check the URL, the bucket and the network"
+            f"the blob store at {place} cannot be used: {error.__cause__ or error}",
+            "check the URL, the bucket and the network",
         ) from error
 
 
@@ -296,14 +298,14 @@ def _is_url(place: str) -> bool:
 
 
 @contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Drivers raise what their own client libraries raise: all of it says that the store failed."""
+def _answering() -> Iterator[None]:
+    """Drivers raise what their own client libraries raise: all but an absent object says that the store failed."""
     try:
         yield
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise BlobStoreAway(f"the blob store does not answer or refuses: {type(error).__name__}: {error}") from error
 
 
 def hash_file(path: Path) -> bytes:

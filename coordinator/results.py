@@ -22,7 +22,7 @@ from coordinator.round_model import Pipeline, Standing
 from coordinator.storage import Storage
 from swarm.compress import FrameContext, decode
 from swarm.config import JobSpec
-from swarm.errors import CorruptData, StorageError
+from swarm.errors import BlobStoreAway, CorruptData, StorageError
 from swarm.ids import HEAD, block_of, sha256
 
 Shape = tuple[int, ...]
@@ -102,6 +102,8 @@ class JobResults:
             raise StorageError(f"the database lacks the outcome of round {round}")
         try:
             return OuterState.unpack(self._blobs.read(outcome.state_blob))
+        except BlobStoreAway:
+            raise
         except (CorruptData, StorageError) as error:
             log.error("outer_state_damaged", job_id=self.job_id, round=round, error=str(error))
             remade = self._remake(storage, round)

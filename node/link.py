@@ -2,8 +2,8 @@
 
 Every call the node makes is idempotent at the coordinator, so an outage is waited out: calls are
 repeated with a growing pause until they succeed or the task is cancelled, and `reason` says
-meanwhile what is being waited for. So is a coordinator's disk that is full or failed. Other errors the
-coordinator answers are passed on, not repeated.
+meanwhile what is being waited for. So is a coordinator's disk that is full or failed, and its blob store that
+is away. Other errors the coordinator answers are passed on, not repeated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 import structlog
 
 from swarm.client.coordinator import CoordinatorClient
-from swarm.errors import CoordinatorLost, DiskFull, SyncFailed
+from swarm.errors import BlobStoreAway, CoordinatorLost, DiskFull, SyncFailed
 from swarm.identity import Identity
 from swarm.metrics import Traffic
 from swarm.net.join import JoinInfo
@@ -39,12 +39,12 @@ class Link:
         """Why the node waits for the coordinator, in words; empty while it answers."""
 
     async def call(self, action: Callable[[CoordinatorClient], Awaitable[T]]) -> T:
-        """Do `action` with a connected client, again and again while nobody answers or its disk refuses."""
+        """Do `action` with a connected client, again and again while nobody answers or its storage refuses."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 result = await action(await self._connected())
-            except (CoordinatorLost, DiskFull, SyncFailed) as error:
+            except (CoordinatorLost, DiskFull, SyncFailed, BlobStoreAway) as error:
                 if not self.reason:
                     log.warning("coordinator_away", cause=error.cause)
                 self.reason = f"waiting for the coordinator: {error.cause}"

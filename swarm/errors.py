@@ -46,7 +46,8 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── DataDirLocked     SW701  another process uses the folder
     │   ├── CorruptData       SW702  content does not match its hash
     │   ├── SyncFailed        SW703  the disk did not confirm a write; the coordinator stops
-    │   └── DiskFull          SW704  no room; what failed is tried again
+    │   ├── DiskFull          SW704  no room; what failed is tried again
+    │   └── BlobStoreAway     SW705  the blob store does not answer or refuses; what failed is tried again
     └── CodecError            SW800  compressed data
         └── FrameTooLarge     SW801  a frame beyond its cap, or a decompression bomb
 """
@@ -288,6 +289,13 @@ class SyncFailed(StorageError):
 class DiskFull(StorageError):
     code = "SW704"
     default_fix = "free space on the disk of the data folder; nothing is lost, and work goes on by itself"
+
+
+class BlobStoreAway(StorageError):
+    code = "SW705"
+    default_fix = (
+        "check the coordinator's network, its bucket and its credentials; nothing is lost, and work goes on by itself"
+    )
 
 
 class CodecError(SwarmError):
