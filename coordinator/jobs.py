@@ -16,10 +16,10 @@ import structlog
 
 from coordinator.changes import rules_of
 from coordinator.driver import JobDriver, Shared
-from coordinator.ledger import JobLedger
+from coordinator.ledger import JobLedger, Stored
 from coordinator.nodes import Nodes
 from coordinator.placement import Member, Placement, Traits, form_pipelines
-from coordinator.records import JobRecord
+from coordinator.records import JobRecord, Outcome
 from coordinator.results import JobResults
 from coordinator.round_model import JobState, RoundsState
 from coordinator.rounds import begin
@@ -140,17 +140,20 @@ class Jobs:
             heldout_samples=heldout[2],
         )
         state, _ = begin(rules_of(spec, shared.settings.fruitless_generations))
-        await asyncio.to_thread(self._store_new, job, spec, shapes, state)
-        driver = await asyncio.to_thread(self._load, job, spec)
+        driver = await asyncio.to_thread(self._store_new, job, spec, shapes, state)
         self._drivers[job.job_id] = driver
         log.info("job_submitted", job=job.name, job_id=job.job_id, trainable=trainable, by=submitter)
         driver.start()
         return driver
 
-    def _store_new(self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]], state: RoundsState) -> None:
-        shared = self._shared
-        results = JobResults(job.job_id, spec, shapes, shared.model, shared.blobs)
-        self._ledger(job, spec).create(job, state, results.initial())
+    def _store_new(
+        self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]], state: RoundsState
+    ) -> JobDriver:
+        results = self._results(job, spec, shapes)
+        ledger, initial = self._ledger(job, spec), results.initial()
+        ledger.create(job, state, initial)
+        # From here on nothing may fail that is asked elsewhere than in the database: the job is stored.
+        return self._driver(job, spec, results, ledger, ledger.load(), {0: initial})
 
     def _refuse_conflicts(self, spec: JobSpec) -> None:
         if any(driver.job.name == spec.name for driver in self._drivers.values()):
@@ -179,18 +182,26 @@ class Jobs:
         if stored.state.best is not None:
             kept.add(stored.state.best.round)
         outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
-        return JobDriver(
-            job,
-            spec,
-            JobResults(job.job_id, spec, shared.model.adapters.shapes(spec.method), shared.model, shared.blobs),
-            ledger,
-            stored.state,
-            stored.book,
-            # After a rewind, older rounds than the kept ones are known but no longer here.
-            {r: o for r, o in outcomes.items() if o is not None and shared.blobs.size(o.snapshot_blob) is not None},
-            shared,
-            self,
-        )
+        # After a rewind, older rounds than the kept ones are known but no longer here.
+        published = {
+            r: o for r, o in outcomes.items() if o is not None and shared.blobs.size(o.snapshot_blob) is not None
+        }
+        results = self._results(job, spec, shared.model.adapters.shapes(spec.method))
+        return self._driver(job, spec, results, ledger, stored, published)
+
+    def _driver(
+        self,
+        job: JobRecord,
+        spec: JobSpec,
+        results: JobResults,
+        ledger: JobLedger,
+        stored: Stored,
+        published: dict[int, Outcome],
+    ) -> JobDriver:
+        return JobDriver(job, spec, results, ledger, stored.state, stored.book, published, self._shared, self)
+
+    def _results(self, job: JobRecord, spec: JobSpec, shapes: dict[str, tuple[int, ...]]) -> JobResults:
+        return JobResults(job.job_id, spec, shapes, self._shared.model, self._shared.blobs)
 
     def _ledger(self, job: JobRecord, spec: JobSpec) -> JobLedger:
         shared = self._shared
