@@ -1,8 +1,13 @@
-"""LoRA adapters as PEFT stores them: two files, from a peer, a folder or the hub.
+"""LoRA adapters as PEFT stores them: two files, from a peer, a folder or the hub, or written here.
 
 In: `adapter_config.json` and `adapter_model.safetensors`. Out: every pair of tensors by linear layer,
 with its scale, or a typed error that names the setting that cannot be served. What the tensors are
 called says which linears are adapted; the configuration must agree as far as it lists them.
+
+Some mixtures of experts were rewritten in transformers 5: what were linear layers of every expert is one stacked
+tensor. For these PEFT takes such names (`gate_proj`) in `target_modules` for the experts, even where a dense block
+or shared experts have linear layers of that name, and leaves those out without a word. An adapter of theirs names
+their weights in `target_parameters` instead, which PEFT takes as they are.
 
 Files may come from strangers: pickles are never opened, and an expression (a regular expression in
 `target_modules`, or a pattern with groups) is never run, since a bad one takes forever.
@@ -15,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +33,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -58,9 +66,11 @@ _REASONS = {
     "lora_bias": "its B has a bias",
     "modules_to_save": "whole modules would be replaced",
     "trainable_token_indices": "embeddings would be replaced",
-    "target_parameters": "tensors outside linear layers are adapted",
     "layer_replication": "blocks are repeated",
 }
+_WEIGHT = ".weight"
+_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""What linear layers of experts and their routers have been called in transformers 4."""
 _SIMPLE = re.compile(r"(?:[\w\-^$]|\\?\.)+")
 """A pattern key that is a name, perhaps with anchors: what every tool writes."""
 
@@ -75,6 +85,7 @@ class PeftLora(BaseModel):
     lora_alpha: float
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -108,6 +119,15 @@ class PeftLora(BaseModel):
                 what = f": {', '.join(map(str, value))}"[:200] if isinstance(value, list | tuple) else ""
                 reason = _REASONS.get(name, "this version does not know what that changes")
                 raise UnsupportedModel(f"the adapter sets {name[:60]}{what}; {reason}", _OTHER)
+        if self.target_parameters and (
+            self.rank_pattern
+            or self.alpha_pattern
+            or not all(name.endswith(_WEIGHT) for name in self.target_parameters)
+        ):
+            what = ", ".join(self.target_parameters)[:200]
+            raise UnsupportedModel(
+                f"the adapter sets target_parameters: {what}; tensors outside linear layers are adapted", _OTHER
+            )
         if self.bias != "none":
             raise UnsupportedModel(f"the adapter trains biases (bias: {self.bias[:40]})", _OTHER)
         if self.init_lora_weights not in _SAME_BASE:
@@ -130,6 +150,8 @@ class PeftLora(BaseModel):
 
     def listed(self, name: str, block: int) -> bool | None:
         """Whether the configuration says that this linear is adapted; None: it uses an expression."""
+        if self.target_parameters and _ends(name + _WEIGHT, self.target_parameters):
+            return True
         if self.target_modules is None:
             return False
         if isinstance(self.exclude_modules, str):
@@ -140,6 +162,17 @@ class PeftLora(BaseModel):
             return True if self.target_modules.lower() == "all-linear" else None
         only = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         return _ends(name, self.target_modules) and (not only or block in only)
+
+
+def targets(linears: Collection[str], config: Any) -> dict[str, list[str] | None]:
+    """`target_modules` and `target_parameters` that make PEFT adapt exactly these linears of a block, by path, of
+    a model with this configuration."""
+    names = {path.rpartition(".")[2] for path in linears}
+    asked = LoraConfig(target_modules=[*names.union(_EXPERTS)])
+    convert_peft_config_for_transformers(asked, SimpleNamespace(config=config), None)
+    taken = names.difference(asked.target_modules or ())
+    weights = sorted(path + _WEIGHT for path in linears if path.rpartition(".")[2] in taken)
+    return {"target_modules": sorted(names - taken), "target_parameters": weights or None}
 
 
 _OTHER = "train or convert the adapter as plain LoRA on linear layers of the blocks"

@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_safetensors
 from torch import nn
 
 from swarm.adapters import lora
-from swarm.adapters.peft_files import CONFIG_FILE, MAX_ADAPTER_BYTES, WEIGHTS_FILE, read_adapter, read_lora
+from swarm.adapters.peft_files import CONFIG_FILE, MAX_ADAPTER_BYTES, WEIGHTS_FILE, read_adapter, read_lora, targets
 from swarm.config import LoraMethod
 from swarm.ids import Span, block_of, key_order
 from swarm.model.checkpoint import Checkpoint
@@ -78,9 +78,10 @@ class ModelAdapters:
         config = lora.peft_config(method, self._blocks())
         config.base_model_name_or_path = model_name
         config.inference_mode = True
-        settings = config.to_dict()
-        settings["target_modules"] = sorted(settings["target_modules"])
-        weights = {lora.peft_name(key, self._base): np.ascontiguousarray(params[key]) for key in self.shapes(method)}
+        shapes = self.shapes(method)
+        linears = {key.partition("/")[2].rpartition(".")[0] for key in shapes}
+        settings = config.to_dict() | targets(linears, self._checkpoint.config)
+        weights = {lora.peft_name(key, self._base): np.ascontiguousarray(params[key]) for key in shapes}
         return {
             CONFIG_FILE: json.dumps(settings, indent=2, sort_keys=True, default=str).encode(),
             WEIGHTS_FILE: save_safetensors(weights, metadata={"format": "pt"}),

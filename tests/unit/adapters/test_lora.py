@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,31 @@ def test_beside_stacked_experts_every_linear_layer_is_adapted(family: str, tmp_p
     view.forward(Head(checkpoint, torch.float32, CPU).embed(torch.arange(1, 9)[None])).sum().backward()
     silent = {key for key, value in parameters.items() if value.grad is None}
     assert not silent
+
+
+@pytest.mark.parametrize("family", ["afmoe", "deepseek_v3", "qwen2_moe", "qwen3_moe", "qwen3_next"])
+def test_peft_adapts_dense_and_shared_experts_by_their_names(family: str, tmp_path: Path) -> None:
+    """PEFT takes them for the stacked experts' unless the file says otherwise."""
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_config(variants(family)[0]).eval()
+    base.save_pretrained(tmp_path / "base")
+    adapters = ModelAdapters(Checkpoint.open(str(tmp_path / "base")))
+    values, ids = trained(adapters), torch.arange(3, 12)[None]
+    (tmp_path / "adapter").mkdir()
+    files = adapters.export(METHOD, values, "base")
+    for name, content in files.items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    _, read = adapters.load(files, Span(0, n_blocks(base.config)))
+    assert read.keys() == values.keys()
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()(ids).logits
+        for key in (key for key in values if key.endswith("lora_A")):
+            block, _, path = key.removesuffix(".lora_A").partition("/")
+            product = values[key.removesuffix("A") + "B"] @ values[key]
+            base.get_submodule(f"model.layers.{block}.{path}").weight += torch.from_numpy(
+                METHOD.alpha / METHOD.r * product
+            )
+        torch.testing.assert_close(base(ids).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_foreign_files_are_refused(folder: Path) -> None:
