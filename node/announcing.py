@@ -2,7 +2,8 @@
 
 In: a function that writes the record and says whether anybody took it. A peer of the DHT that hangs holds a write up
 for seconds, so the next one does not wait for it; one that a newer write has overtaken is refused for its age, which
-is no failure.
+is no failure. Neither is a single refusal: a peer that was out of reach for a moment is handed all records by whoever
+meets it again, and then says that it has this one already.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ async def keep_announced(
     """
     clock_s = asyncio.get_running_loop().time
     writes: dict[asyncio.Task[bool], int] = {}
-    begun, newest_taken, newest_refused, pause_s = 0, 0, 0, refresh_s
+    begun, newest_taken, newest_refused, refusals, pause_s = 0, 0, 0, 0, refresh_s
     try:
         while True:
             if len(writes) < WRITES_AT_ONCE:
@@ -44,11 +45,12 @@ async def keep_announced(
                         continue
                     if not newest_taken:
                         first()
-                    newest_taken, pause_s = max(newest_taken, number), refresh_s
+                    newest_taken, refusals, pause_s = max(newest_taken, number), 0, refresh_s
                 # A newer one under way may be what stood in the way of an older one.
                 if newest_refused > max(newest_taken, *writes.values(), 0):
-                    newest_refused, pause_s = 0, AGAIN_S
-                    log.warning("not_announced", reason="no DHT peer took the record; trying again")
+                    newest_refused, refusals, pause_s = 0, refusals + 1, AGAIN_S
+                    if refusals > 1:
+                        log.warning("not_announced", reason="no DHT peer took the record; trying again")
             await asyncio.sleep(max(0.0, began_s + pause_s - clock_s()))
     finally:
         for task in writes:
