@@ -15,20 +15,19 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import structlog
-from coordinator_sim import ManualClock, finish_job, identity, model_facts
+from coordinator_sim import ManualClock, identity, model_facts
 from crash_runner import FIRST, LAST, Case, Strike, in_child, load_codec
+from patience import RETRY_S, finish
 
 from coordinator.app import Coordinator
 from coordinator.ports import CoordinatorSettings
 from swarm.errors import DiskFull
 
 _PAGE = 4096
-_RETRY_S = 5.0
 
 
 class Disk:
@@ -55,44 +54,13 @@ class Disk:
         self._ballast.unlink(missing_ok=True)
 
 
-class Patient:
-    """The service as nodes see it through their link."""
-
-    def __init__(self, service: Any, disk: Disk) -> None:
-        self._service, self._disk = service, disk
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def call(*arguments: Any) -> Any:
-            while True:
-                try:
-                    return await getattr(self._service, name)(*arguments)
-                except DiskFull as error:
-                    self._disk.reported(str(error))
-
-        return call
-
-
 async def life(folder: Path, case: Case, disk: Disk, point: Strike) -> dict[str, Any]:
     clock = ManualClock()
-    settings = CoordinatorSettings(durable_point=point, silent_s=6000.0, recovery_grace_s=6000.0, retry_s=_RETRY_S)
+    settings = CoordinatorSettings(durable_point=point, silent_s=6000.0, recovery_grace_s=6000.0, retry_s=RETRY_S)
     coordinator = await Coordinator.open(folder, model_facts(), identity(), settings, clock)
 
-    async def watch() -> None:
-        """The owner looks at the job's reason; time passes until the coordinator tries again."""
-        while True:
-            ticket = coordinator._shared.assignments.ticket()
-            for driver in coordinator.jobs.all():
-                if DiskFull.code in driver.reason:
-                    disk.reported(driver.reason)
-                    await clock.sleep_over(_RETRY_S)
-            await ticket.wait()
-
     try:
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(watch())
-            service: Any = Patient(coordinator.service, disk)
-            status = await finish_job(service, case.spec, lambda _: None, None, "", "", case.spans)
-            watching.cancel()
+        status = await finish(coordinator, clock, case, DiskFull, disk.reported)
     finally:
         await coordinator.close()
     return {

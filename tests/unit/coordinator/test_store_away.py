@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
-from coordinator_sim import ManualClock, finish_job, identity, model_facts
+from coordinator_sim import ManualClock, identity, model_facts
 from crash_runner import Case
 from fsspec.implementations.memory import MemoryFileSystem
+from patience import RETRY_S, finish
 
 from coordinator.app import Coordinator
 from coordinator.ports import CoordinatorSettings
 from swarm.errors import BlobStoreAway
 
 TRIALS = 16
-_RETRY_S = 5.0
 
 
 class Away(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -75,23 +75,6 @@ class Away(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
         super().rm_file(path)
 
 
-class Patient:
-    """The service as nodes see it through their link."""
-
-    def __init__(self, service: Any) -> None:
-        self._service = service
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def call(*arguments: Any) -> Any:
-            while True:
-                try:
-                    return await getattr(self._service, name)(*arguments)
-                except BlobStoreAway as error:
-                    Away.reported(str(error))
-
-        return call
-
-
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     fsspec.register_implementation("away", Away, clobber=True)
@@ -103,27 +86,13 @@ async def job(folder: Path, case: Case, at: int) -> tuple[list[str], str]:
     """Hashes of all rounds of a job whose store goes away, and the job's reason at the end."""
     Away.begin(0)
     clock = ManualClock()
-    settings = CoordinatorSettings(silent_s=6000.0, recovery_grace_s=6000.0, retry_s=_RETRY_S)
+    settings = CoordinatorSettings(silent_s=6000.0, recovery_grace_s=6000.0, retry_s=RETRY_S)
     coordinator = await Coordinator.open(folder, model_facts(), identity(), settings, clock, "away://bucket")
     Away.calls.clear()
     Away.at = at
 
-    async def watch() -> None:
-        """The owner looks at the job's reason; time passes until the coordinator tries again."""
-        while True:
-            ticket = coordinator._shared.assignments.ticket()
-            for driver in coordinator.jobs.all():
-                if BlobStoreAway.code in driver.reason:
-                    Away.reported(driver.reason)
-                    await clock.sleep_over(_RETRY_S)
-            await ticket.wait()
-
     try:
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(watch())
-            service: Any = Patient(coordinator.service)
-            status = await finish_job(service, case.spec, lambda _: None, None, "", "", case.spans)
-            watching.cancel()
+        status = await finish(coordinator, clock, case, BlobStoreAway, Away.reported)
     finally:
         await coordinator.close()
     return [entry.params_hash.hex() for entry in status.history], status.reason
