@@ -2,8 +2,8 @@
 
 In: a function that writes the record and says whether anybody took it. A peer of the DHT that hangs holds a write up
 for seconds, so the next one does not wait for it; one that a newer write has overtaken is refused for its age, which
-is no failure. Neither is a single refusal: hivemind hands a peer that was out of reach for a moment all records once it is
-met again, so it may have this one already.
+is no failure. Neither is a single refusal: hivemind hands a peer that was out of reach for a moment all records once
+it is met again, so it may have this one already.
 """
 
 from __future__ import annotations
