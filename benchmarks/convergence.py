@@ -47,23 +47,26 @@ OURS = Cell(
     # What four pipelines send is hardly denser than that, and has a level for every sum of theirs.
     downlink=CodecSettings(density=0.125, bits=4, decay=1.0),
 )
-OURS_BEST = replace(OURS, name="ours-h20", inner_steps=20, uplink=CodecSettings(density=0.015625, bits=1))
-"""More inner steps, sent thinner."""
+OURS_BEST = replace(
+    OURS, name="ours-best", inner_steps=20, decay="cosine", uplink=CodecSettings(density=0.01887, bits=1)
+)
+"""More inner steps, sent thinner. The rate decays, as DiLoCo's does: while little is new, what waits is sent."""
+OURS_CONSTANT = replace(OURS, name="ours-h20", inner_steps=20, uplink=CodecSettings(density=0.015625, bits=1))
 _DDP_RATES = (5e-4, 1e-3, 2e-3)
 _DDP_RATE = 1e-3
-"""What other seeds and lengths are run at: the best of those that are done, for seed 0 and 100 steps."""
+"""What other seeds and lengths are run at: the best of these for seed 0."""
 
 
 def cells() -> list[Cell]:
     """Every cell of the table, the ones that others are judged by first."""
-    found = [_ddp(rate) for rate in _DDP_RATES]
+    found = [_ddp(ours, rate) for ours in (OURS, OURS_BEST) for rate in _DDP_RATES]
     found.append(replace(OURS, name="ours-rate-0.002", lr=2e-3))
-    found.append(replace(OURS_BEST, name="ours-rate-0.002-h20", lr=2e-3))
-    for ours in (OURS, OURS_BEST):
+    found.append(replace(OURS_CONSTANT, name="ours-rate-0.002-h20", lr=2e-3))
+    for ours in (OURS, OURS_BEST, OURS_CONSTANT):
         for seed in _SEEDS:
             found.append(replace(ours, name=f"{ours.name}-s{seed}" if seed else ours.name, seed=seed))
-            if (seed, ours.inner_steps) != (0, OURS.inner_steps):  # is among the rates
-                found.append(_ddp(_DDP_RATE, seed, ours.inner_steps))
+            if seed or ours is OURS_CONSTANT:  # others are among the rates
+                found.append(_ddp(ours, _DDP_RATE, seed))
     found += [
         Cell("diloco-fp32", uplink=_DENSE, downlink=_DENSE),
         Cell(
@@ -91,10 +94,12 @@ def cells() -> list[Cell]:
     return found
 
 
-def _ddp(rate: float, seed: int = 0, inner_steps: int = 10) -> Cell:
-    """The baseline of as many steps as ten rounds have."""
-    name = f"ddp-{rate:g}" + (f"-h{inner_steps}" if inner_steps != OURS.inner_steps else "")
-    return Cell(f"{name}-s{seed}" if seed else name, seed=seed, inner_steps=inner_steps, lr=rate, ddp=True)
+def _ddp(ours: Cell, rate: float, seed: int = 0) -> Cell:
+    """The baseline of as many steps, at a rate that decays as ours does."""
+    name = f"ddp-{rate:g}" + (f"-h{ours.inner_steps}" if ours.inner_steps != OURS.inner_steps else "")
+    name += f"-{ours.decay}" if ours.decay != "none" else ""
+    name += f"-s{seed}" if seed else ""
+    return Cell(name, seed=seed, inner_steps=ours.inner_steps, lr=rate, decay=ours.decay, ddp=True)
 
 
 def main(
@@ -127,45 +132,44 @@ def main(
 
 def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The rows of all cells that are done, and the figures of the two that are ours."""
-    baselines = {(c["seed"], c["steps"]): min(c["final"]) for c in _baselines(done)}
+    baselines: dict[_Kind, float] = {}
+    for kept in done.values():
+        if kept["cell"]["ddp"]:
+            kind, loss = _kind(kept["cell"]), kept["result"]["losses"][-1]
+            baselines[kind] = min(loss, baselines.get(kind, loss))
     rows = [_row(name, kept, baselines) for name, kept in done.items() if not kept["cell"]["ddp"]]
     summary: dict[str, Any] = {
+        "h_best": OURS_BEST.inner_steps,
         "rows": rows,
-        "baselines": {f"{seed}/{steps}": x for (seed, steps), x in baselines.items()},
+        "baselines": {"/".join(map(str, kind)): loss for kind, loss in baselines.items()},
     }
-    ours: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["cell"].startswith("ours-h") and row["penalty"] is not None:
-            ours.setdefault(row["inner_steps"], []).append(row)
-    if not ours:
-        return summary
-    best = max(ours, key=lambda inner_steps: min(row["saving"] for row in ours[inner_steps]))
-    summary["h_best"] = best
-    for name, inner_steps in (("h10", 10), ("best", best)):
-        if inner_steps in ours:
-            summary[f"saving_{name}"] = min(row["saving"] for row in ours[inner_steps])
-            penalties = [row["penalty"] for row in ours[inner_steps]]
-            summary[f"penalty_{name}"], summary[f"penalty_{name}_half_width"] = _interval(penalties)
-            summary[f"gain_share_{name}"] = round(mean(row["gain_share"] for row in ours[inner_steps]), 4)
-    summary["downlink_saving"] = min(row["downlink_saving"] for group in ours.values() for row in group)
+    downlink: list[float] = []
+    for name, ours in (("h10", OURS), ("best", OURS_BEST)):
+        own = {ours.name, *(f"{ours.name}-s{seed}" for seed in _SEEDS)}
+        group = [row for row in rows if row["cell"] in own and row["penalty"] is not None]
+        if not group:
+            continue
+        summary[f"saving_{name}"] = min(row["saving"] for row in group)
+        summary[f"penalty_{name}"], summary[f"penalty_{name}_half_width"] = _interval([row["penalty"] for row in group])
+        summary[f"gain_share_{name}"] = round(mean(row["gain_share"] for row in group), 4)
+        downlink += [row["downlink_saving"] for row in group]
+    summary["downlink_saving"] = min(downlink, default=None)
     return summary
 
 
-def _baselines(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """DDP by seed and number of steps: the losses of all rates tried."""
-    grouped: dict[tuple[int, int], list[float]] = {}
-    for kept in done.values():
-        cell = kept["cell"]
-        if cell["ddp"]:
-            steps = cell["rounds"] * cell["inner_steps"]
-            grouped.setdefault((cell["seed"], steps), []).append(kept["result"]["losses"][-1])
-    return [{"seed": seed, "steps": steps, "final": losses} for (seed, steps), losses in grouped.items()]
+_Kind = tuple[int, int, str]
+"""Seed, steps of the whole run and how the rate decays: what a baseline shares with the cells it judges."""
 
 
-def _row(name: str, kept: dict[str, Any], baselines: dict[tuple[int, int], float]) -> dict[str, Any]:
+def _kind(cell: dict[str, Any]) -> _Kind:
+    # Cells from before there was a decay have none.
+    return cell["seed"], cell["rounds"] * cell["inner_steps"], cell.get("decay", "none")
+
+
+def _row(name: str, kept: dict[str, Any], baselines: dict[_Kind, float]) -> dict[str, Any]:
     cell, result = kept["cell"], kept["result"]
     steps = cell["rounds"] * cell["inner_steps"]
-    ddp, before, after = baselines.get((cell["seed"], steps)), result["losses"][0], result["losses"][-1]
+    ddp, before, after = baselines.get(_kind(cell)), result["losses"][0], result["losses"][-1]
     one_way = PIPELINES * steps * result["parameters"] * 2
     return {
         "cell": name,

@@ -2,8 +2,7 @@
 
 Each pipeline is the node's own stages, loss and optimizer; contributions go through the codec with error feedback, the
 coordinator's own averaging and outer step make the update, and every pipeline starts the next round from its decoded
-sum, as nodes do. What is left out is the network. Bytes are of frames, with the 2% and 4 KiB a contribution
-that `tests/integration/test_traffic.py` bounds signatures, TLS and HTTP/2 by.
+sum, as nodes do. What is left out is the network: bytes are those of the frames and what `socket_bytes` adds to each.
 
 Data are the beginnings of IMDb reviews (Maas et al., 2011), every position labelled. A cell is a function of its
 settings alone: samples follow from (seed, step, pipeline).
@@ -29,11 +28,12 @@ from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.adapters.registry import Parameters
 from swarm.compress import FrameContext, compress_with_feedback
-from swarm.config import CodecSettings, JobSpec, OuterSettings
+from swarm.config import CodecSettings, InnerSettings, JobSpec, OuterSettings
 from swarm.ids import Span, block_of
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.shard import Head, n_blocks
 from swarm.optim.params import hash_all
+from swarm.optim.schedule import learning_rate
 from swarm.samples import smollm2_folder
 from swarm.wire.tensors import pack, unpack
 
@@ -44,7 +44,8 @@ EVAL_ROWS = 192
 EVAL_EVERY = 5
 """Rounds. The last one is always scored."""
 WARMUP_STEPS = 5
-_SHARE_BYTES, _EACH_BYTES = 1.02, 4096
+"""The last of them is at the full rate."""
+_SOCKET_SHARE, _SOCKET_BYTES = 1.0025, 1536
 _OUTER = OuterSettings(lr=1.0, momentum=0.5)
 _UPLINK, _DOWNLINK = CodecSettings(), CodecSettings(density=0.125, decay=1.0)
 Split = Literal["iid", "by-label"]
@@ -59,6 +60,8 @@ class Cell:
     inner_steps: int = 10
     rounds: int = 10
     lr: float = 1e-3
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """To zero over the whole run, as `inner.decay`."""
     ddp: bool = False
     """Synchronous data parallelism: gradients of all pipelines averaged at every step."""
     outer: OuterSettings = _OUTER
@@ -88,6 +91,14 @@ class Result:
     downlink_bytes: int = 0
     contributions: int = 0
     parameters: int = 0
+
+
+def socket_bytes(frame_bytes: int) -> int:
+    """What one direction of a socket carries when a frame of this size is sent or fetched: at most this.
+
+    Signature, request and receipt, TLS and HTTP/2 are in it: `tests/integration/test_traffic.py` counts them.
+    """
+    return round(frame_bytes * _SOCKET_SHARE) + _SOCKET_BYTES
 
 
 class World:
@@ -165,7 +176,7 @@ class Run:
             # What was kept in the parameters is in the delta already.
             compressed = compress_with_feedback(delta, None if cell.start == "own" else residual, uplink, context)
             self._residuals[k] = compressed.residual
-            self.result.uplink_bytes += round(len(compressed.frame) * _SHARE_BYTES) + _EACH_BYTES
+            self.result.uplink_bytes += socket_bytes(len(compressed.frame))
             self.result.contributions += 1
             sent.append((f"pipeline {k}", compressed.decoded))
         mean = average(sent, len(sent), uplink)
@@ -173,7 +184,7 @@ class Run:
         self._state = outcome.state
         # Every pipeline fetches it.
         size = sum(len(block.frame) for block in outcome.blocks)
-        self.result.downlink_bytes += PIPELINES * (round(size * _SHARE_BYTES) + _EACH_BYTES)
+        self.result.downlink_bytes += PIPELINES * socket_bytes(size)
 
     def delta(self, k: int, number: int) -> Parameters:
         """What the inner steps of round `number` change in pipeline k, before the codec: reference minus now.
@@ -235,7 +246,8 @@ class Run:
         return torch.from_numpy(self._world.train.ids[chosen])
 
     def _lr(self, at: int) -> float:
-        return self._cell.lr * min(1.0, (at + 1) / WARMUP_STEPS)
+        inner = InnerSettings(lr=self._cell.lr, warmup_steps=WARMUP_STEPS - 1, decay=self._cell.decay)
+        return learning_rate(inner, at, self._cell.rounds * self._cell.inner_steps)
 
     def _evaluate(self) -> float:
         stages, total = self._pipelines[0], 0.0

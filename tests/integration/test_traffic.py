@@ -7,19 +7,24 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from benchmarks.convergence_run import socket_bytes
 from coordinator.app import Coordinator
 from coordinator.ports import ModelFacts
 from swarm.adapters.registry import ModelAdapters
 from swarm.client.coordinator import CoordinatorClient
 from swarm.compress import FrameContext, encode
 from swarm.config import CodecSettings, LoraMethod
+from swarm.errors import JobNotFound
 from swarm.identity import Identity
 from swarm.metrics import Traffic
 from swarm.model.checkpoint import Checkpoint
 from swarm.wire.rpc import COORDINATOR_SERVICE, RpcServer
 from swarm.wire.tls import ServerTls
+from swarm.wire.v1 import common_pb2
+from swarm.wire.v1 import coordinator_pb2 as pb
 
 
 class CountingProxy:
@@ -50,14 +55,17 @@ class CountingProxy:
         self._server.close()
 
 
-async def test_contribution_and_downlink_bytes_are_those_of_the_socket(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("density", "bits"), [(0.015625, 1), (0.125, 4), (1.0, 8)])
+async def test_contribution_and_downlink_bytes_are_those_of_the_socket(
+    density: float, bits: int, smollm2: Path, tmp_path: Path
+) -> None:
     checkpoint = Checkpoint.open(str(smollm2))
     adapters = ModelAdapters(checkpoint)
     draw = np.random.default_rng(0)
     delta: dict[str, NDArray[np.float32]] = {
         key: draw.normal(size=shape).astype(np.float32) for key, shape in adapters.shapes(LoraMethod()).items()
     }
-    payload = encode(delta, CodecSettings(density=0.125), FrameContext("job", 1, bytes(32)))
+    payload = encode(delta, CodecSettings(density=density, bits=bits), FrameContext("job", 1, bytes(32)))
     identity = Identity.generate()
     facts = ModelFacts("smollm2", "local", checkpoint.model_hash, 30, adapters)
     coordinator = await Coordinator.open(tmp_path / "data", facts, identity)
@@ -71,14 +79,32 @@ async def test_contribution_and_downlink_bytes_are_those_of_the_socket(smollm2: 
     await client.list_jobs()  # handshakes are behind us
     before = proxy.up
     digest = await client.put_blob(payload, contribution=True)
+    with pytest.raises(JobNotFound):  # as much is sent for a job that is there
+        await client.contribute(_contribution(digest, len(payload)))
     sent = proxy.up - before
-    assert len(payload) < traffic.contribution_bytes
-    assert traffic.contribution_bytes <= sent <= traffic.contribution_bytes * 1.02 + 4096
+    assert len(payload) < traffic.contribution_bytes <= sent <= socket_bytes(len(payload))
     before, counted = proxy.down, traffic.downlink_bytes
     assert await client.get_blob(digest, len(payload)) == payload
     received, reported = proxy.down - before, traffic.downlink_bytes - counted
-    assert len(payload) < reported <= received <= reported * 1.02 + 4096
+    assert len(payload) < reported <= received <= socket_bytes(len(payload))
     await client.close()
     await server.stop(0)
     await coordinator.close()
     await proxy.stop()
+
+
+def _contribution(digest: bytes, size: int) -> pb.ContributeRequest:
+    return pb.ContributeRequest(
+        job_id="0" * 16,
+        round=100,
+        generation=3,
+        pipeline_id=2,
+        payload_sha256=digest,
+        payload_size=size,
+        inner_steps=20,
+        tokens=5120,
+        lease_id=1000,
+        label_tokens=5000,
+        loss=3.6,
+        span=common_pb2.Span(start=0, end=30),
+    )
