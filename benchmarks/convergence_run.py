@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.reviews import every_review
-from coordinator.aggregate import OuterState, average, outer_round
+from coordinator.aggregate import OuterState, average, outer_round, pipeline_weights
 from node.loss import label_loss
 from node.memory import Ledger
 from node.scoring import summed_loss
@@ -46,6 +46,7 @@ EVAL_EVERY = 5
 WARMUP_STEPS = 5
 """The last of them is at the full rate."""
 _SOCKET_SHARE, _SOCKET_BYTES = 1.0025, 1536
+_LATE_WEIGHT = 0.5
 _OUTER = OuterSettings(lr=1.0, momentum=0.5)
 _UPLINK, _DOWNLINK = CodecSettings(), CodecSettings(density=0.125, decay=1.0)
 Split = Literal["iid", "by-label"]
@@ -75,7 +76,10 @@ class Cell:
     activations: str = ""
     """How they cross the middle of a pipeline; empty: it is one node."""
     drop: float = 0.0
-    """Share of pipelines that fail in every round: what they did is void."""
+    """Share of pipelines that fail, or are late, in every round."""
+    dropped: Literal["void", "kept", "merged", "repaired"] = "void"
+    """What becomes of their work: nothing; it joins their residual (with `start` own); the next round averages it in at
+    half weight; or other nodes take over at half time, from the round's start, and do half of the inner steps."""
     join_round: int = 0
     """The round in which the last pipeline joins; 0: it is there from the beginning."""
     split: Split = "iid"
@@ -133,6 +137,8 @@ class Run:
         self._residuals: list[Parameters | None] = [None] * count
         self._ahead: dict[int, Parameters] = {}
         """By pipeline: what it has made, since its round ended, of the parameters that it ended with."""
+        self._late: dict[str, Parameters] = {}
+        """Contributions that the next round will average in."""
         self.result = Result(parameters=sum(value.size for value in start.values()))
 
     def run(self, tell: Callable[[str], None]) -> Result:
@@ -162,15 +168,18 @@ class Run:
         cell = self._cell
         chance = np.random.default_rng((cell.seed, number))
         lost = set(chance.permutation(PIPELINES)[: round(cell.drop * PIPELINES)].tolist())
-        base_hash, sent = hash_all(self._state.params), []
+        base_hash, sent = hash_all(self._state.params), self._late
+        self._late, steps = {}, {}
         uplink = cell.last_uplink if number > cell.rounds - cell.last_rounds else cell.uplink
         for k in range(PIPELINES):
             if k == PIPELINES - 1 and number < cell.join_round:
                 continue
-            residual = self._residuals[k]
-            delta = self.delta(k, number)
-            if k in lost:
+            residual, dropped = self._residuals[k], cell.dropped if k in lost else ""
+            done = cell.inner_steps // 2 if dropped == "repaired" else cell.inner_steps
+            delta = self.delta(k, number, done)
+            if dropped in ("void", "kept"):
                 self._ahead.pop(k, None)
+                self._residuals[k] = delta if dropped == "kept" else residual
                 continue
             context = FrameContext("convergence", number, base_hash)
             # What was kept in the parameters is in the delta already.
@@ -178,22 +187,27 @@ class Run:
             self._residuals[k] = compressed.residual
             self.result.uplink_bytes += socket_bytes(len(compressed.frame))
             self.result.contributions += 1
-            sent.append((f"pipeline {k}", compressed.decoded))
-        mean = average(sent, len(sent), uplink)
+            if dropped == "merged":
+                self._late[f"late {k}"] = compressed.decoded
+            else:
+                sent[f"pipeline {k}"], steps[k] = compressed.decoded, done
+        weights = {f"pipeline {k}": weight for k, weight in pipeline_weights(steps).items()}
+        weights |= {name: _LATE_WEIGHT for name in sent if name not in weights}
+        mean = average(sorted(sent.items()), len(sent), uplink, weights)
         outcome = outer_round(self._state, mean, self._spec, "convergence", number)
         self._state = outcome.state
         # Every pipeline fetches it.
         size = sum(len(block.frame) for block in outcome.blocks)
         self.result.downlink_bytes += PIPELINES * socket_bytes(size)
 
-    def delta(self, k: int, number: int) -> Parameters:
-        """What the inner steps of round `number` change in pipeline k, before the codec: reference minus now.
+    def delta(self, k: int, number: int, steps: int) -> Parameters:
+        """What `steps` inner steps of round `number` change in pipeline k, before the codec: reference minus now.
 
         With rounds that overlap, the next one's first steps are done too, and kept for its call.
         """
         cell, stages, ahead = self._cell, self._pipelines[k], self._ahead.pop(k, None)
         self._restart(stages, self._residuals[k] if cell.start == "own" else None, ahead)
-        self._train(k, number, 0 if ahead is None else cell.overlap, cell.inner_steps)
+        self._train(k, number, 0 if ahead is None else cell.overlap, steps)
         now = _values(stages)
         if cell.overlap and number < cell.rounds:
             self._train(k, number + 1, 0, cell.overlap)

@@ -45,7 +45,7 @@ def real(steps: int, threads: int) -> Tensors:
 
     from benchmarks.convergence_run import Cell, Run, World
 
-    return Run(World(threads, torch.float32), Cell("real", inner_steps=steps, lr=1e-3)).delta(0, 1)
+    return Run(World(threads, torch.float32), Cell("real", inner_steps=steps, lr=1e-3)).delta(0, 1, steps)
 
 
 def _draw(rng: np.random.Generator, distribution: str, shape: tuple[int, int]) -> NDArray[np.float64]:
