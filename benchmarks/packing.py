@@ -64,7 +64,7 @@ async def _measure(rounds: int, size: int, parts: int, threads: int) -> dict[str
         tokens = 0
         for stage in stages.values():
             stage.reset(start)
-            stage.set_moments({}, 0)
+            stage.set_moments({})
         for turn in range(rounds + 1):
             samples = _samples(node.tokenizer, data, turn * size, size, longest)
             losses: dict[str, float] = {}

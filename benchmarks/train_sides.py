@@ -271,7 +271,7 @@ class Stage:
     async def end_round(self, message: pb.EndRound) -> None:
         pass
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass
 
 

@@ -41,6 +41,8 @@ class AdapterStore:
 
     async def start(self) -> None:
         """Take stock of the disk and serve files to peers."""
+        for unfinished in self._folder.glob(".new-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         for meta in sorted(self._folder.glob("*/meta.json")):
             try:
                 raw = json.loads(meta.read_text())
@@ -52,15 +54,17 @@ class AdapterStore:
                 log.warning("adapter_unreadable", folder=str(meta.parent), error=str(error))
         await serve_blobs(self._peer, self._read)
 
-    def holds(self, name: str, round: int) -> bool:
-        held = self._held.get(name)
-        return held is not None and held.round >= round
+    def holds(self, info: AdapterInfo) -> bool:
+        """Exactly these files under that name: a later job may have the name, and as many rounds, of an earlier one."""
+        held = self._held.get(info.name)
+        return held is not None and (held.job_id, set(held.files)) == (info.job_id, set(info.files))
 
     def add(self, info: AdapterInfo, contents: dict[str, bytes]) -> None:
-        """Keep an adapter; replaces an older one of that name. Raises StorageError."""
+        """Keep an adapter; replaces another one of that name. Raises StorageError, AdapterNotFound."""
         if NAME_PATTERN.fullmatch(info.name) is None or not set(contents) <= ALLOWED_FILES:
             raise AdapterNotFound(f"the adapter '{info.name[:64]}' has a name or file that is not allowed")
         target = self._folder / info.name
+        temporary: Path | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=self._folder, prefix=".new-"))
@@ -78,9 +82,14 @@ class AdapterStore:
                 shutil.rmtree(target)
             os.rename(temporary, target)
         except OSError as error:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise StorageError(f"cannot keep the adapter {info.name} in {self._folder}: {error.strerror}") from error
+        replaced = self._held.get(info.name)
         self._remember(info, target)
         log.info("adapter_held", name=info.name, round=info.round)
+        if replaced is not None and replaced.job_id != info.job_id:
+            log.warning("adapter_replaced", name=info.name, job=info.job_id, before=replaced.job_id or "brought along")
 
     def offer(self, name: str, contents: dict[str, bytes]) -> None:
         """Keep and announce an adapter that this node's volunteer brought. Raises AdapterNotFound, StorageError."""

@@ -9,7 +9,7 @@ next round then starts anew, as it would without them. Never contributes anythin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -26,10 +26,17 @@ class Ahead:
     """Trains until its steps are done or it is dropped. Create on the loop."""
 
     def __init__(
-        self, assignment: pb.Assignment, lease_id: int, chain: Chain | None, steps: Coroutine[Any, Any, Tally]
+        self,
+        assignment: pb.Assignment,
+        lease_id: int,
+        chain: Chain | None,
+        steps: Coroutine[Any, Any, Tally],
+        leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`leave` is called once the work is void: what a step left half done in the stage goes."""
         self.lease_id = lease_id
         self.chain = chain
+        self._leave = leave
         self._assignment = assignment
         self._task = asyncio.create_task(self._train(steps))
 
@@ -58,6 +65,8 @@ class Ahead:
         finally:  # who drops it may be cancelled, and nobody else knows the chain
             if self.chain is not None:
                 await self.chain.close()
+            if self._leave is not None:
+                await self._leave()
 
 
 def same_nodes(one: pb.Assignment, other: pb.Assignment) -> bool:

@@ -40,7 +40,7 @@ class TrainStage(Protocol):
     def skip(self) -> None: ...
     async def begin_round(self, message: pb.BeginRound) -> None: ...
     async def end_round(self, message: pb.EndRound) -> None: ...
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class TrainHop(ChainHop):
@@ -152,7 +152,7 @@ class TrainHop(ChainHop):
 
     async def on_close(self) -> None:
         if self._stage is not None:
-            self._stage.close()
+            await self._stage.close()
 
     def _ready(self) -> TrainStage:
         assert self._stage is not None

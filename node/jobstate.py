@@ -45,7 +45,7 @@ class SavedState:
     reference: Parameters
     residual: Parameters
     moments: Parameters
-    steps: int
+    """As `AdapterStage.moments` gives them; so below."""
     lineage: int = 0
 
 
@@ -59,7 +59,6 @@ class PendingContribution:
     payload: bytes
     residual: Parameters
     moments: Parameters
-    steps: int
 
 
 class JobFolder:
@@ -76,8 +75,7 @@ class JobFolder:
         arrays: Parameters = dict(state.moments)
         arrays |= {f"p/{key}": value for key, value in state.reference.items()}
         arrays |= {f"e/{key}": value for key, value in state.residual.items()}
-        facts = {"round": state.round, "base_hash": state.base_hash.hex(), "steps": state.steps}
-        facts["lineage"] = state.lineage
+        facts = {"round": state.round, "base_hash": state.base_hash.hex(), "lineage": state.lineage}
         self._write(self._state, _dump(arrays, facts), keep=self._previous)
 
     def load(self) -> SavedState | None:
@@ -103,14 +101,13 @@ class JobFolder:
             base_hash=bytes.fromhex(str(facts["base_hash"])),
             reference=_under(arrays, "p/"),
             residual=_under(arrays, "e/"),
-            moments=_moments(arrays),
-            steps=int(facts["steps"]),
+            moments=_moments(arrays, facts),
             lineage=int(facts.get("lineage", 0)),
         )
 
     def save_pending(self, pending: PendingContribution) -> None:
         self._write(self._payload, pending.payload)
-        facts = {"round": pending.round, "request": pending.request.hex(), "steps": pending.steps}
+        facts = {"round": pending.round, "request": pending.request.hex()}
         arrays: Parameters = dict(pending.moments)
         arrays |= {f"e/{key}": value for key, value in pending.residual.items()}
         self._write(self._pending, _dump(arrays, facts))
@@ -120,18 +117,25 @@ class JobFolder:
         if loaded is None or not self._payload.exists():
             return None
         arrays, facts = loaded
+        try:
+            payload = self._payload.read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read {self._payload}: {error.strerror}") from error
         return PendingContribution(
             round=int(facts["round"]),
             request=bytes.fromhex(str(facts["request"])),
-            payload=self._payload.read_bytes(),
+            payload=payload,
             residual=_under(arrays, "e/"),
-            moments=_moments(arrays),
-            steps=int(facts["steps"]),
+            moments=_moments(arrays, facts),
         )
 
     def clear_pending(self) -> None:
-        self._pending.unlink(missing_ok=True)
-        self._payload.unlink(missing_ok=True)
+        """Raises StorageError."""
+        try:
+            self._pending.unlink(missing_ok=True)
+            self._payload.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot remove {self._pending}: {error.strerror}") from error
 
     def remove(self) -> None:
         """The job is over for this node."""
@@ -185,8 +189,12 @@ def _load(path: Path) -> tuple[Parameters, dict[str, int | str]] | None:
         return None
 
 
-def _moments(arrays: Parameters) -> Parameters:
-    return {key: value for key, value in arrays.items() if key.startswith(("m/", "v/"))}
+def _moments(arrays: Parameters, facts: Mapping[str, int | str]) -> Parameters:
+    found = {key: value for key, value in arrays.items() if key.startswith(("m/", "v/", "t/"))}
+    if "steps" in facts:  # a file of before every parameter had a count of its own
+        steps = np.array([float(facts["steps"])], np.float32)
+        found |= {f"t/{key[2:]}": steps for key in arrays if key.startswith("m/")}
+    return found
 
 
 def _under(arrays: Parameters, prefix: str) -> Parameters:

@@ -26,7 +26,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import sqrt
 
+import numpy as np
 import structlog
 
 from node.jobstate import JobFolder, PendingContribution, SavedState
@@ -73,8 +75,6 @@ class Ended:
 
     values: Parameters
     moments: Parameters
-    steps: int
-    """That the optimizer has taken."""
 
 
 class JobMember:
@@ -100,13 +100,15 @@ class JobMember:
         self._link = link
         self._folder = folder
         self._lock = asyncio.Lock()
+        self.uses = 0
+        """How often it was prepared: tells whoever did so last from others."""
         self._round = 0
         """The round that `_reference` starts; 0 before the first `prepare`."""
         self._reference: Parameters = {}
         self._base_hash = b""
         self._residual: Parameters = {}
         self._lineage = 0
-        self._moments: tuple[Parameters, int] = ({}, 0)
+        self._moments: Parameters = {}
         """AdamW's at the start of `_round`, as `AdapterStage.moments` gives them."""
         self._ended: Parameters | None = None
         """With rounds that overlap: the parameters since which inner steps may be carried into the next round."""
@@ -120,11 +122,14 @@ class JobMember:
         history they follow from: after rounds were discarded, what this node carried over is void.
         `to_score`: only to look at them; what may be carried into the round is set aside, not dropped.
         """
+        self.uses += 1
         async with self._lock:
             if self._round == 0:
-                await self._restore(round)
+                await self._restore()
             if lineage != self._lineage:
                 await self._forget(lineage)
+            if self._round == 0 and round == FIRST_ROUND:
+                await asyncio.to_thread(self._initialize)
             await self._reach(round, base_hash)
             if not to_score:
                 self._ended = self._aside = None
@@ -133,7 +138,7 @@ class JobMember:
             start = self._reference if to_score else self._start()
             await self._compute.run(Priority.TRAIN, self.stage.reset, start)
             if not to_score:
-                await self._compute.run(Priority.TRAIN, self.stage.set_moments, *self._moments)
+                await self._compute.run(Priority.TRAIN, self.stage.set_moments, self._moments)
 
     async def _reach(self, round: int, base_hash: bytes) -> None:
         """Hold the reference that `round` starts from."""
@@ -155,7 +160,7 @@ class JobMember:
         """What the round's inner steps came to. Inner steps after it are the next round's."""
 
         def look() -> Ended:
-            return Ended(self.stage.values(), *self.stage.moments())
+            return Ended(self.stage.values(), self.stage.moments())
 
         ended = await self._compute.run(Priority.TRAIN, look)
         self._ended = ended.values if self.spec.schedule.overlap_steps else None
@@ -184,6 +189,15 @@ class JobMember:
             self._ended = self._aside = None
             log.info("carried", job=self.job_id, round=round)
 
+    async def leave(self, use: int) -> None:
+        """Who prepared it, as `uses` was then, goes: graphs and gradients that a broken step left go too.
+
+        Without effect if it was prepared again since. Parameters stay.
+        """
+        if use == self.uses:
+            await self._compute.run(Priority.TRAIN, self.stage.forget)
+            self.stage.give_back()
+
     async def contribute_and_settle(self, work: Work, ended: Ended) -> pb.RoundReply:
         """Send this node's delta of the round and see the round through to its end.
 
@@ -202,18 +216,14 @@ class JobMember:
         log.info("contribution_resumed", job=self.job_id, round=pending.round)
         async with self._lock:
             saved = await asyncio.to_thread(self._folder.load)
-            if saved is not None and saved.reference.keys() != self.stage.shapes.keys():
-                # Of other blocks than this node holds now: what it sent may count, what it kept is of no use.
-                await self._upload(request, pending.payload)
+            # Before its first round is settled a job has no state.
+            if pending.round != (FIRST_ROUND if saved is None else saved.round):
                 self._folder.clear_pending()
                 return
-            if saved is not None and saved.round == pending.round:
-                self._adopt(saved)
-            elif saved is None and pending.round == FIRST_ROUND:
-                await asyncio.to_thread(self._initialize)  # before its first round is settled a job has no state
+            if saved is None:
+                await asyncio.to_thread(self._initialize)
             else:
-                self._folder.clear_pending()
-                return
+                self._adopt(saved)
             receipt = await self._upload(request, pending.payload)
             if receipt.verdict in _VOID:
                 self._folder.clear_pending()
@@ -247,9 +257,7 @@ class JobMember:
         )
         if work.loss is not None:
             request.loss = work.loss
-        pending = PendingContribution(
-            work.round, request.SerializeToString(), payload, residual, ended.moments, ended.steps
-        )
+        pending = PendingContribution(work.round, request.SerializeToString(), payload, residual, ended.moments)
         await asyncio.to_thread(self._folder.save_pending, pending)
         receipt = await self._upload(request, payload)
         log.info(
@@ -274,8 +282,7 @@ class JobMember:
         pending = await asyncio.to_thread(self._folder.load_pending)
         counted = reply.receipt.verdict in _COUNTED
         if pending is not None and pending.round == round and counted:
-            self._residual = pending.residual
-            self._moments = (pending.moments, pending.steps)
+            self._keep(pending.residual, pending.moments)
         if not counted:
             log.warning("contribution_void", job=self.job_id, round=round, reason=reply.receipt.reason)
         if reply.committed:
@@ -286,29 +293,32 @@ class JobMember:
         return reply
 
     async def _apply(self, update: pb.OuterUpdate) -> None:
-        """Add one published update to the reference, or take its snapshot if the hashes differ."""
-        try:
-            self._reference = await self._updated(update)
-            self._base_hash = update.params_hash
-        except (CorruptData, CodecError) as error:
-            log.warning("update_mismatch", job=self.job_id, round=update.round, error=str(error))
+        """Reach the parameters after a round: its update on what this node holds, if that is the round's start and
+        comes to the same hashes, else its snapshot."""
+        if self._round == update.round and self._reference.keys() == self.stage.shapes.keys():
+            try:
+                self._reference = await self._updated(update)
+                self._base_hash = update.params_hash
+            except (CorruptData, CodecError) as error:
+                log.warning("update_mismatch", job=self.job_id, round=update.round, error=str(error))
+                await self._take_snapshot(update)
+        else:
             await self._take_snapshot(update)
         self._round = update.round + 1
 
     async def _updated(self, update: pb.OuterUpdate) -> Parameters:
         frames = await self._ranges(update.blob, update.blocks)
+        hashes = {entry.block: entry.params_hash for entry in update.snapshot_blocks}
         result: Parameters = {}
         for block, keys in by_block(self._reference).items():
             before = {key: self._reference[key] for key in keys}
-            expected = block_hash(before)
             if block in frames:  # a block that nobody sent did not change and is not in the update
-                entry, frame = frames[block]
-                expected = entry.params_hash
+                _, frame = frames[block]
                 context = FrameContext(self.job_id, update.round, block_hash(before))
                 shapes = {key: value.shape for key, value in before.items()}
                 decoded = await asyncio.to_thread(decode, frame, shapes, context)
                 before = {key: before[key] + decoded[key] for key in keys}
-            if block_hash(before) != expected:
+            if block_hash(before) != hashes.get(block):
                 raise CorruptData(f"block {block} has other parameters than the coordinator after round {update.round}")
             result |= before
         return result
@@ -345,21 +355,20 @@ class JobMember:
             pieces[entry.block] = (entry, piece)
         return pieces
 
-    async def _restore(self, round: int) -> None:
-        """On the first round since the start: what the disk holds, or the job's initial values."""
+    async def _restore(self) -> None:
+        """On the first round since the start: what the disk holds."""
         saved = await asyncio.to_thread(self._folder.load)
-        if saved is not None and saved.reference.keys() == self.stage.shapes.keys():
+        if saved is not None:
             self._adopt(saved)
-        if self._round == 0 and round == FIRST_ROUND:
-            await asyncio.to_thread(self._initialize)
 
     async def _forget(self, lineage: int) -> None:
         """Rounds were discarded: residual, moments and parameters are of a history that did not happen."""
         log.info("rounds_discarded", job=self.job_id, lineage=lineage)
-        self._lineage, self._round, self._residual = lineage, 0, {}
+        self._lineage, self._round = lineage, 0
+        self._reference, self._base_hash = {}, b""
+        self._residual, self._moments = {}, {}
         self._ended = self._aside = None
         self._folder.clear_pending()
-        self._moments = ({}, 0)
 
     def _initialize(self) -> None:
         whole = self._adapters.initial(self.spec.method, self.spec.schedule.seed)
@@ -368,9 +377,22 @@ class JobMember:
         self._round = FIRST_ROUND
 
     def _adopt(self, saved: SavedState) -> None:
-        self._reference, self._residual = saved.reference, saved.residual
-        self._base_hash, self._round, self._lineage = saved.base_hash, saved.round, saved.lineage
-        self._moments = (saved.moments, saved.steps)
+        """Go on from the disk. After the pipeline was cut elsewhere it holds other blocks than this node does now: of
+        those that it still has, residual and moments stay, and the reference comes with the next snapshot."""
+        self._lineage = saved.lineage
+        if saved.reference.keys() == self.stage.shapes.keys():
+            self._reference, self._base_hash, self._round = saved.reference, saved.base_hash, saved.round
+        self._keep(saved.residual, saved.moments)
+
+    def _keep(self, residual: Parameters, moments: Parameters) -> None:
+        """Residual and moments of this node's own blocks; what is dropped of a residual is said."""
+        own = self.stage.shapes.keys()
+        self._residual = {key: value for key, value in residual.items() if key in own}
+        self._moments = {key: value for key, value in moments.items() if key[2:] in own}
+        lost = [value for key, value in residual.items() if key not in own]
+        if lost:
+            norm = sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in lost))
+            log.warning("residual_dropped", job=self.job_id, blocks=str(self.span), tensors=len(lost), norm=norm)
 
     async def _catch_up(self, round: int) -> None:
         """Reach the parameters `round` starts from: one update if we hold the round before, else a snapshot."""
@@ -379,15 +401,11 @@ class JobMember:
         if not reply.committed or reply.update.round != round - 1:
             reason = reply.reason or f"round {reply.update.round} is the newest"
             raise JobConflict(f"round {round} of job {self.job_id} cannot start: {reason}", "wait for the next one")
-        if self._round == round - 1 and self._reference.keys() == self.stage.shapes.keys():
-            await self._apply(reply.update)
-        else:
-            await self._take_snapshot(reply.update)
-            self._round = round
+        await self._apply(reply.update)
         await self._save()
 
     async def _save(self) -> None:
-        state = SavedState(self._round, self._base_hash, self._reference, self._residual, *self._moments, self._lineage)
+        state = SavedState(self._round, self._base_hash, self._reference, self._residual, self._moments, self._lineage)
         await asyncio.to_thread(self._folder.save, state)
 
     def block_hashes(self) -> dict[str, bytes]:

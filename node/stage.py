@@ -193,41 +193,44 @@ class AdapterStage:
 
     def reset(self, values: Mapping[str, NDArray[np.float32]]) -> None:
         """Start over from these parameters: gradients and kept graphs go, moments stay."""
-        self._forget()
-        self.skip()
+        self.forget()
         set_values(self.parameters, values)
 
     def values(self) -> Parameters:
         return get_values(self.parameters)
 
-    def moments(self) -> tuple[Parameters, int]:
-        """AdamW's state as arrays "m/<key>" and "v/<key>", and its step count; empty before the first step."""
+    def moments(self) -> Parameters:
+        """AdamW's state as arrays "m/<key>", "v/<key>" and, of one element, "t/<key>": how many steps it took.
+
+        Empty before the first step.
+        """
         arrays: Parameters = {}
-        steps = 0
         for key, parameter in self.parameters.items():
             state = self._optimizer.state.get(parameter)
             if state:
                 arrays[f"m/{key}"] = state["exp_avg"].detach().cpu().numpy().copy()
                 arrays[f"v/{key}"] = state["exp_avg_sq"].detach().cpu().numpy().copy()
-                steps = int(state["step"])
-        return arrays, steps
+                arrays[f"t/{key}"] = np.array([float(state["step"])], np.float32)
+        return arrays
 
-    def set_moments(self, arrays: Mapping[str, NDArray[np.float32]], steps: int) -> None:
+    def set_moments(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Restore what `moments` gave; keys that are not of this span are ignored, absent ones start at zero."""
         self._optimizer.state.clear()
         for key, parameter in self.parameters.items():
-            if f"m/{key}" in arrays and f"v/{key}" in arrays:
+            if f"t/{key}" in arrays:
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps)),
+                    "step": torch.tensor(float(arrays[f"t/{key}"][0])),
                     "exp_avg": torch.from_numpy(arrays[f"m/{key}"].copy()).to(parameter.device),
                     "exp_avg_sq": torch.from_numpy(arrays[f"v/{key}"].copy()).to(parameter.device),
                 }
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop accumulated gradients and kept graphs."""
         for seq in list(self._charged):
             self.drop(seq)
         self._in_flight.clear()
+        self.skip()
 
     def close(self) -> None:
-        self._forget()
+        self.forget()
         self._ledger.release(self._owner)

@@ -31,6 +31,8 @@ class StageSession:
         self._worker = worker
         self._member = member
         self._assignment = assignment
+        self._use = -1
+        """Of the member, by this chain; -1 before its first round."""
 
     def fits(self, shape_BTD: tuple[int, ...]) -> bool:
         return self._member.stage.fits(shape_BTD)
@@ -72,6 +74,7 @@ class StageSession:
         scores = message.round != self._assignment.round
         base_hash = b"" if scores else self._assignment.base_hash
         await self._member.prepare(message.round, base_hash, self._assignment.lineage, to_score=scores)
+        self._use = self._member.uses
 
     async def end_round(self, message: chain_pb2.EndRound) -> None:
         work = Work(
@@ -86,5 +89,6 @@ class StageSession:
         # Now: what follows on the chain may be the next round's first steps.
         self._worker.settle_later(self._member, work, await self._member.end_steps())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """The chain ended; the member stays for the next one."""
+        await self._member.leave(self._use)

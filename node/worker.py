@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,16 @@ import structlog
 from node.adapters import AdapterStore
 from node.ahead import Ahead, same_nodes
 from node.datafiles import DataFiles
-from node.jobstate import JobFolder
+from node.finished import FinishedAdapters
 from node.lead import LeadLoop, Progress, Tally
 from node.link import Link
 from node.member import Ended, JobMember, Work
+from node.members import Members
 from node.memory import Ledger
 from node.scoring import Scorer
 from node.serving import NodeModel
-from node.stage import AdapterStage
 from node.stage_session import StageSession
-from swarm.compress import compile_ahead
 from swarm.compute import Compute, Priority
-from swarm.config import job_from_json
 from swarm.data.sources import Samples, open_samples
 from swarm.errors import SessionError, SwarmError
 from swarm.ids import Span
@@ -38,7 +36,7 @@ from swarm.metrics import Traffic
 from swarm.model.shard import Head
 from swarm.net.chain import Chain, TrainingBinding
 from swarm.net.p2p import Peer
-from swarm.net.view import AdapterInfo, FileInfo, Hop
+from swarm.net.view import Hop
 from swarm.wire.v1 import chain_pb2, common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import hello
@@ -69,14 +67,11 @@ class Worker:
         self._peer = peer
         self._compute = compute
         self._model = model
-        self._ledger = ledger
         self._link = link
-        self._adapters = adapters
         self._traffic = traffic
-        self._data_dir = data_dir
         self._data_files = DataFiles(data_dir, link)
-        self._members: dict[str, JobMember] = {}
-        self._making = asyncio.Lock()
+        self._members = Members(compute, model, ledger, link, data_dir, peer.peer_id)
+        self._finished = FinishedAdapters(link, adapters)
         self._resuming: tuple[pb.Assignment, asyncio.Task[None]] | None = None
         self._assignment: pb.Assignment | None = None
         self._assigned = asyncio.Condition()
@@ -84,7 +79,6 @@ class Worker:
         self._lead_task: asyncio.Task[None] | None = None
         self._ahead: Ahead | None = None
         self._scoring: tuple[pb.Assignment, asyncio.Task[None]] | None = None
-        self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._head: Head | None = None
         self._tokenizer: Any = None
         self._datasets: dict[tuple[bytes, int], Samples] = {}
@@ -110,8 +104,9 @@ class Worker:
                 await self._assign(reply.assignment if reply.HasField("assignment") else None)
                 self._progress.wrap_up = reply.wrap_up
                 self._score_if_asked(reply.assignment)
+                self._finished.name(reply.adapters)
                 for finished in reply.adapters:
-                    await self._hold(finished)
+                    self._members.finished(finished.job_id)
         finally:
             await self._end_all()
 
@@ -159,11 +154,8 @@ class Worker:
             await _cancel(self._resuming[1])
             self._resuming = None
         if new is not None:
-            # The round was formed anew, or discarded: what waits for the old forming would wait forever.
-            round, settling = self._settling.get(new.job_id, (0, None))
-            if settling is not None and new.round <= round:
-                del self._settling[new.job_id]
-                await _cancel(settling)
+            await self._members.end_settling(new.job_id, new.round)
+            self._members.make_room(new.job_id)
         async with self._assigned:
             self._assignment = new
             self._assigned.notify_all()
@@ -173,56 +165,12 @@ class Worker:
                 self._progress.wrap_up = False
                 self._lead_task = asyncio.create_task(self._lead(new))
             elif new.job_id not in self._members and (self._resuming is None or self._resuming[1].done()):
-                self._resuming = (new, asyncio.create_task(self._resume(new)))
+                self._resuming = (new, asyncio.create_task(self._members.resume(new)))
 
     async def _drop_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await ahead.drop()
-
-    async def _resume(self, assignment: pb.Assignment) -> None:
-        """A stage that came back after its lead had ended the round: nobody will call it for that round any more,
-        but the contribution that it had begun may be missing."""
-        folder = JobFolder(self._data_dir, assignment.job_id)
-        if await asyncio.to_thread(folder.load_pending) is None:
-            return
-        try:
-            await self._member(assignment)
-        except SwarmError as error:
-            log.warning("resume_failed", job=assignment.job_name, round=assignment.round, error=str(error))
-
-    async def _member(self, assignment: pb.Assignment) -> JobMember:
-        async with self._making:
-            return await self._member_alone(assignment)
-
-    async def _member_alone(self, assignment: pb.Assignment) -> JobMember:
-        hop = assignment.hops[assignment.index]
-        span = Span(hop.span.start, hop.span.end)
-        member = self._members.get(assignment.job_id)
-        if member is not None and member.span != span:
-            member.close()
-            member = None
-        if member is None:
-            spec = job_from_json(assignment.spec_json)
-            owner = f"job {assignment.job_name}"
-            # The first round of a new installation would wait for it at its end, and its pipeline with it.
-            await asyncio.to_thread(compile_ahead, spec.uplink, spec.downlink)
-            stage = await self._compute.run(
-                Priority.BACKGROUND,
-                *(AdapterStage, self._model, span, spec, self._ledger, owner, self._compute.give_way),
-            )
-            folder = JobFolder(self._data_dir, assignment.job_id)
-            adapters = self._model.adapters
-            member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
-            try:
-                await member.finish_pending()
-            except BaseException:
-                member.close()
-                raise
-            self._members[assignment.job_id] = member
-        # An owner may change settings between rounds.
-        member.spec = job_from_json(assignment.spec_json)
-        return member
 
     # ---- stage -------------------------------------------------------------------------------
 
@@ -239,7 +187,7 @@ class Worker:
             )
 
         assignment = await self._when_assigned(matches)
-        return StageSession(self, await self._member(assignment), assignment)
+        return StageSession(self, await self._members.get(assignment), assignment)
 
     async def next_assignment(self, old: pb.Assignment, begin: chain_pb2.BeginRound) -> pb.Assignment:
         """What a lead carries its chain into, once the coordinator assigned it. Raises SessionError: it did not."""
@@ -265,24 +213,7 @@ class Worker:
         return found
 
     def settle_later(self, member: JobMember, work: Work, ended: Ended) -> None:
-        """Contribute and settle a node's round beside its chain, which may end meanwhile."""
-        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work, ended)))
-
-    async def _settle(self, member: JobMember, work: Work, ended: Ended) -> None:
-        try:
-            await member.contribute_and_settle(work, ended)
-        except SwarmError as error:
-            log.warning("round_failed", job=member.job_id, round=work.round, error=str(error))
-            # Without effect once the contribution is held; else the round need not wait for it.
-            request = pb.AbandonRequest(
-                job_id=member.job_id,
-                round=work.round,
-                generation=work.generation,
-                pipeline_id=work.pipeline_id,
-                reason=common_pb2.Error(code=error.code, cause=error.cause, fix=error.fix, blame=self._peer.peer_id),
-            )
-            with suppress(SwarmError):
-                await self._link.call(lambda client: client.abandon(request))
+        self._members.settle_later(member, work, ended)
 
     # ---- lead --------------------------------------------------------------------------------
 
@@ -319,7 +250,7 @@ class Worker:
 
     async def _score(self, assignment: pb.Assignment) -> None:
         """The held-out loss of the parameters that the next round starts from."""
-        member = await self._member(assignment)
+        member = await self._members.get(assignment)
         digest, size, following = assignment.heldout, assignment.heldout_size, assignment.round + 1
         data = await self._data_files.get(digest, size)
         loop = await self._lead_loop(assignment, member)
@@ -351,7 +282,7 @@ class Worker:
         await self._link.call(lambda client: client.report_score(request))
 
     async def _lead_round(self, assignment: pb.Assignment) -> None:
-        member = await self._member(assignment)
+        member = await self._members.get(assignment)
         loop = await self._lead_loop(assignment, member)
         lease_request = pb.LeaseRequest(
             job_id=assignment.job_id,
@@ -361,7 +292,7 @@ class Worker:
         )
         lease = await self._link.call(lambda client: client.lease(lease_request))
         done, chain = await self._done_ahead(lease)
-        trains_on = False
+        trains_on, use = False, member.uses
         try:
             if done is not None:
                 if chain is not None:
@@ -369,6 +300,7 @@ class Worker:
                 await member.carry(assignment.round, assignment.base_hash)
             else:
                 await member.prepare(assignment.round, assignment.base_hash, assignment.lineage)
+                use = member.uses
                 if len(assignment.hops) > 1:
                     chain = await self._open_chain(assignment, member)
                     await chain.begin_round(assignment.round)
@@ -377,11 +309,13 @@ class Worker:
             self.settle_later(member, work, await member.end_steps())
             if lease.HasField("ahead"):
                 steps = loop.train_ahead(assignment, lease.ahead, chain)
-                self._ahead = Ahead(assignment, lease.ahead.lease_id, chain, steps)
+                self._ahead = Ahead(assignment, lease.ahead.lease_id, chain, steps, partial(member.leave, member.uses))
                 trains_on = True
         finally:
-            if chain is not None and not trains_on:
-                await chain.close()
+            if not trains_on:
+                if chain is not None:
+                    await chain.close()
+                await member.leave(use)
 
     async def _done_ahead(self, lease: pb.LeaseReply) -> tuple[Tally | None, Chain | None]:
         """What was trained of this lease already, once it is done, and the chain that it went over."""
@@ -432,30 +366,16 @@ class Worker:
     def count_activations(self, size: int) -> None:
         self._traffic.activation_bytes += size
 
-    # ---- finished adapters -------------------------------------------------------------------
-
-    async def _hold(self, finished: pb.FinishedAdapter) -> None:
-        if self._adapters.holds(finished.name, finished.round):
-            return
-        files = tuple(FileInfo(f.name, f.sha256, f.size) for f in finished.files)
-        contents = {}
-        for file in files:
-            contents[file.name] = await self._link.call(
-                lambda client, f=file: client.get_blob(f.sha256, f.size)  # type: ignore[misc]
-            )
-        self._adapters.add(AdapterInfo(finished.name, finished.job_id, finished.round, files, ()), contents)
-        await self._adapters.announce()
-        member = self._members.pop(finished.job_id, None)
-        _, settling = self._settling.get(finished.job_id, (0, None))
-        if member is not None and (settling is None or settling.done()):
-            member.close()
+    # ---- the end ---------------------------------------------------------------------------
 
     async def _end_all(self) -> None:
         scoring = None if self._scoring is None else self._scoring[1]
         resuming = None if self._resuming is None else self._resuming[1]
-        for task in [self._lead_task, scoring, resuming, *(task for _, task in self._settling.values())]:
+        for task in [self._lead_task, scoring, resuming]:
             if task is not None:
                 await _cancel(task)
+        await self._members.stop()
+        await self._finished.stop()
         await self._drop_ahead()
 
 

@@ -110,7 +110,7 @@ class Hosted:
     async def end_round(self, message: pb.EndRound) -> None:
         pass
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass
 
 
