@@ -2,8 +2,9 @@
 
 `energy`: one threshold for the magnitudes of the whole frame says how many values of each tensor matter; a tensor's
 density is the settings' times the power of 2^(1/4) that comes closest to that, and the threshold is set so that as
-many values are kept as evenly. For a given number of kept values that leaves the least energy behind (reverse
-water-filling; Cover and Thomas, 10.3), and it is what a tensor's density travels for: a step of -16 to 16 each.
+many values are kept as evenly, where those tensors that a lower one would give most have their step from there. For a
+given number of kept values that leaves the least energy behind (reverse water-filling; Cover and Thomas, 10.3), and
+it is what a tensor's density travels for: a step of -16 to 16 each.
 
 What a tensor is allotted depends on what travels with it, unlike everything else in a frame; how a given frame decodes
 does not. Off unless asked for.
@@ -48,13 +49,23 @@ def steps_by_energy(flat: Float32, sizes: tuple[int, ...], settings: CodecSettin
     def steps_at(threshold: int) -> Int64:
         return np.searchsorted(middles, at_least[:, threshold] / elements).astype(np.int64) - DENSITY_STEPS
 
+    def kept(steps: Int64) -> NDArray[np.float64]:
+        return np.minimum(1.0, bounds[steps + DENSITY_STEPS]) * elements
+
     # The lowest threshold within the budget.
     low, high = 0, _BINS - 1
     while low < high:
         middle = (low + high) // 2
-        kept = (np.minimum(1.0, bounds[steps_at(middle) + DENSITY_STEPS]) * elements).sum()
-        low, high = (low, middle) if kept <= budget else (middle + 1, high)
-    return tuple(int(step) for step in steps_at(low))
+        low, high = (low, middle) if kept(steps_at(middle)).sum() <= budget else (middle + 1, high)
+    steps = steps_at(low)
+    if low:
+        # An optimizer that bounds its steps leaves many values at one magnitude: up to a third of the budget is between
+        # two thresholds.
+        more = steps_at(low - 1)
+        order = np.argsort(-at_least[:, low - 1] / elements / bounds[more + DENSITY_STEPS], kind="stable")
+        fits = np.cumsum((kept(more) - kept(steps))[order]) <= budget - kept(steps).sum()
+        steps[order[fits]] = more[order[fits]]
+    return tuple(int(step) for step in steps)
 
 
 def write_steps(writer: ranges.Writer, steps: tuple[int, ...], names: Int64) -> None:

@@ -278,14 +278,26 @@ def test_energy_moves_density_to_where_the_large_values_are() -> None:
     flat = (rng.standard_normal((4, 40_000)) * [[1.0], [1.0], [1.5], [0.1]]).astype(np.float32).reshape(-1)
     codec = CodecSettings(density=0.1)
     steps = allocate.steps_by_energy(flat, sizes, codec)
-    assert steps[0] == steps[1]
-    assert steps[2] > steps[0] > steps[3] == -16
+    assert abs(steps[0] - steps[1]) <= 1  # one of two equals may be what still fits
+    assert steps[2] > max(steps[:2])
+    assert min(steps[:2]) > steps[3] == -16
     kept = plan.make_plan(sizes, codec, steps).values
     assert 0.85 * 16_000 < kept <= 1.01 * 16_000
     writer = ranges.Writer(100)
     names = allocate.names_of(("0/a", "0/b", "1/a", "1/b"))
     allocate.write_steps(writer, steps, names)
     assert allocate.read_steps(ranges.Reader(writer.finish()), names) == steps
+
+
+def test_energy_spends_what_it_may_where_values_have_few_magnitudes() -> None:
+    """As after a few steps of Adam, which moves most values by nearly as much."""
+    rng = np.random.default_rng(1)
+    sizes = (4096,) * 100
+    steps_taken = rng.binomial(10, rng.uniform(0.05, 0.3, (100, 1)), (100, 4096))
+    flat = (1e-3 * steps_taken).astype(np.float32).reshape(-1)
+    codec = CodecSettings(density=0.02)
+    kept = plan.make_plan(sizes, codec, allocate.steps_by_energy(flat, sizes, codec)).values
+    assert 0.95 * 0.02 * flat.size < kept <= 1.02 * 0.02 * flat.size
 
 
 def test_densities_out_of_bounds_are_refused() -> None:
