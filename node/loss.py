@@ -11,8 +11,26 @@ from torch.nn import functional
 
 from swarm.model.shard import Head
 
-ROWS_AT_ONCE = {"cpu": 64, "cuda": 4096}
-"""Positions whose logits are computed at once: they are as wide as the vocabulary, and whoever is served waits."""
+LOGITS_BYTES = 256 * 2**20
+"""About what the logits of the positions that are computed at once may take: they are as wide as the vocabulary."""
+_ROWS = {"cpu": (1, 64), "cuda": (64, 4096)}
+"""The fewest and the most positions at once: below, products of few rows waste a GPU; above, who is served waits."""
+_WIDE_TENSORS = 3  # logits, the same in float32, their probabilities
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """Positions whose logits are computed at once."""
+    fewest, most = _ROWS[device.type]
+    return max(fewest, min(most, LOGITS_BYTES // _row_bytes(vocabulary)))
+
+
+def logits_bytes(vocabulary: int, device: torch.device) -> int:
+    """What the logits of so many positions take, with all that is made of them."""
+    return rows_at_once(vocabulary, device) * _row_bytes(vocabulary)
+
+
+def _row_bytes(vocabulary: int) -> int:
+    return _WIDE_TENSORS * torch.float32.itemsize * vocabulary
 
 
 def label_loss(
@@ -40,7 +58,7 @@ def label_loss(
         return math.nan, gradient_BTD
     each, total = share / len(targets_N), 0.0
     gradients = []
-    rows = ROWS_AT_ONCE[hidden_BTD.device.type]
+    rows = rows_at_once(head.vocabulary, hidden_BTD.device)
     for targets_R, hidden_RD in zip(torch.split(targets_N, rows), torch.split(hidden_ND, rows), strict=True):
         summed, gradient_RD = _summed_loss(head, hidden_RD, targets_R, each, within(), give_way)
         total += summed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from node.loss import ROWS_AT_ONCE
+from node.loss import rows_at_once
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
@@ -73,7 +73,7 @@ def summed_loss(
 
     `give_way` is called after every few positions.
     """
-    total, rows = 0.0, ROWS_AT_ONCE[hidden_BTD.device.type]
+    total, rows = 0.0, rows_at_once(head.vocabulary, hidden_BTD.device)
     with torch.inference_mode():
         targets_BT = labels_BT[:, 1:].to(hidden_BTD.device)
         counted = targets_BT != -100

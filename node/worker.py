@@ -21,6 +21,7 @@ from node.ahead import Ahead, same_nodes
 from node.datafiles import DataFiles
 from node.finished import FinishedAdapters
 from node.lead import LeadLoop, Progress, Tally
+from node.lead_head import LeadHead
 from node.link import Link
 from node.member import Ended, JobMember, Work
 from node.members import Members
@@ -33,7 +34,6 @@ from swarm.data.sources import Samples, open_samples
 from swarm.errors import SessionError, SwarmError
 from swarm.ids import Span
 from swarm.metrics import Traffic
-from swarm.model.shard import Head
 from swarm.net.chain import Chain, TrainingBinding
 from swarm.net.p2p import Peer
 from swarm.net.view import Hop
@@ -79,8 +79,7 @@ class Worker:
         self._lead_task: asyncio.Task[None] | None = None
         self._ahead: Ahead | None = None
         self._scoring: tuple[pb.Assignment, asyncio.Task[None]] | None = None
-        self._head: Head | None = None
-        self._tokenizer: Any = None
+        self._head = LeadHead(model, ledger, compute)
         self._datasets: dict[tuple[bytes, int], Samples] = {}
         self.reason = ""
 
@@ -159,6 +158,10 @@ class Worker:
         async with self._assigned:
             self._assignment = new
             self._assigned.notify_all()
+        if new is None:
+            self._head.rest()
+        elif new.index != 0:
+            self._head.give_up()  # the stage needs the memory
         if new is not None:
             log.info("assigned", job=new.job_name, round=new.round, stage=new.index, of=len(new.hops))
             if new.index == 0:
@@ -255,7 +258,8 @@ class Worker:
         data = await self._data_files.get(digest, size)
         loop = await self._lead_loop(assignment, member)
         where = f"{assignment.job_name}, held out"
-        dataset = await self._samples(data, where, member.spec.schedule.max_length)
+        head, tokenizer = await self._head.get()
+        dataset = await asyncio.to_thread(open_samples, data, where, tokenizer, member.spec.schedule.max_length)
         if self._ahead is not None:
             await self._ahead.finished()  # the stages compute one thing at a time
         await member.prepare(following, lineage=assignment.lineage, to_score=True)
@@ -267,8 +271,7 @@ class Worker:
             await chain.begin_round(following)
             return chain
 
-        assert self._head is not None, "the lead's loop holds the head"
-        scorer = Scorer(self._head, member.stage, self._compute, open_chain)
+        scorer = Scorer(head, member.stage, self._compute, open_chain)
         score = await scorer.score(loop.heldout_batches(dataset))
         log.info("scored", job=assignment.job_name, round=assignment.round, loss=score.loss, tokens=score.tokens)
         request = pb.ReportScoreRequest(
@@ -329,20 +332,14 @@ class Worker:
         return done, ahead.chain
 
     async def _lead_loop(self, assignment: pb.Assignment, member: JobMember) -> LeadLoop:
-        if self._head is None:
-            shard = self._model.shard
-            head = await self._compute.run(Priority.BACKGROUND, Head, self._model.checkpoint, shard.dtype, shard.device)
-            self._head = head
-            self._tokenizer = await asyncio.to_thread(self._model.checkpoint.tokenizer)
+        head, tokenizer = await self._head.get()
         digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
         if (digest, max_length) not in self._datasets:
             data = await self._data_files.get(digest, size)
-            self._datasets = {(digest, max_length): await self._samples(data, assignment.job_name, max_length)}
+            samples = await asyncio.to_thread(open_samples, data, assignment.job_name, tokenizer, max_length)
+            self._datasets = {(digest, max_length): samples}
         dataset = self._datasets[digest, max_length]
-        return LeadLoop(member.spec, dataset, self._tokenizer, self._head, member.stage, self._compute, self._progress)
-
-    async def _samples(self, data: bytes, where: str, max_length: int) -> Samples:
-        return await asyncio.to_thread(open_samples, data, where, self._tokenizer, max_length)
+        return LeadLoop(member.spec, dataset, tokenizer, head, member.stage, self._compute, self._progress)
 
     async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
@@ -377,6 +374,7 @@ class Worker:
         await self._members.stop()
         await self._finished.stop()
         await self._drop_ahead()
+        self._head.give_up()
 
 
 def _same(old: pb.Assignment | None, new: pb.Assignment | None) -> bool:

@@ -78,6 +78,11 @@ class Head:
         """Numbers a token's hidden state has between blocks."""
         return self._width
 
+    @property
+    def vocabulary(self) -> int:
+        """Logits of one token."""
+        return self._vocabulary
+
     def embed(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids [B, T] to hidden states [B, T, width]. positions_BT: position ids, else 0, 1, 2, …;
         they matter to families with learned positions only."""
@@ -123,6 +128,7 @@ class Head:
                 except (TypeError, AttributeError, ValueError, IndexError):
                     continue
                 if logits.shape[:2] == (2, 3):
+                    self._vocabulary = logits.shape[-1]
                     return
         raise UnsupportedModel(
             f"model type '{self._config.model_type}' calls its blocks in a way this version knows not"

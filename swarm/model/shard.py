@@ -52,6 +52,7 @@ __all__ = [
     "context_length",
     "cuts",
     "head_blocks",
+    "head_bytes",
     "n_blocks",
     "skeleton_of",
 ]
@@ -324,6 +325,15 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, scheme: Scheme = "no
             skeleton = skeleton_of(checkpoint, Span(block, block + 1), dtype)
             sizes[block] = plan_of(skeleton, scheme).nbytes(skeleton, dtype)
     return sizes
+
+
+def head_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of embedding, final norm and LM head at a dtype, from shapes alone; tied ones are in a checkpoint once.
+
+    Raises UnsupportedModel."""
+    whole = whole_of(checkpoint, dtype)
+    sources = {name for recipe in whole.recipes if whole.block_of(recipe.target) is None for name, _ in recipe.sources}
+    return sum(math.prod(checkpoint.tensors[name].shape) for name in sources) * dtype.itemsize
 
 
 def head_blocks(checkpoint: Checkpoint) -> float:
