@@ -254,6 +254,7 @@ class Stage:
         self.squared_norm = stage.squared_norm
         self.step = stage.step
         self.skip = stage.skip
+        self.admit_score, self.score = stage.admit_score, stage.score
 
     def train_forward(
         self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None

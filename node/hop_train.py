@@ -34,6 +34,8 @@ class TrainStage(Protocol):
         self, seq: int, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None = None
     ) -> torch.Tensor: ...
     def train_backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor: ...
+    def admit_score(self, shape_BTD: tuple[int, ...]) -> None: ...
+    def score(self, hidden_BTD: torch.Tensor) -> torch.Tensor: ...
     def drop(self, seq: int) -> None: ...
     def squared_norm(self) -> float: ...
     def step(self, lr: float, scale: float) -> None: ...
@@ -61,14 +63,18 @@ class TrainHop(ChainHop):
     async def on_forward(self, message: pb.Forward, payload: bytes) -> None:
         # Frames behind this one stay in the stream until a gradient has freed a graph.
         packed = None
-        if message.void:
+        if message.score:
+            packed = None if message.void else await self._score(message, payload)
+        elif message.void:
             await self._room.forward(lambda: True)
         else:
             packed = await self._forward(message, payload)
         if packed is None:
-            await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, void=True)))
+            await self.send_on(pb.Frame(forward=pb.Forward(seq=message.seq, void=True, score=message.score)))
         else:
-            reply = pb.Forward(seq=message.seq, tensor=packed[0], position_ids=message.position_ids)
+            reply = pb.Forward(
+                seq=message.seq, tensor=packed[0], position_ids=message.position_ids, score=message.score
+            )
             await self.send_on(pb.Frame(forward=reply), packed[1])
 
     async def _forward(self, message: pb.Forward, payload: bytes) -> _Packed | None:
@@ -86,6 +92,21 @@ class TrainHop(ChainHop):
             return pack(output, self.encoding) if is_finite(output) else None
 
         return await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_FORWARD)
+
+    async def _score(self, message: pb.Forward, payload: bytes) -> _Packed | None:
+        """A forward pass that no gradient follows: it keeps nothing, so it waits for no room."""
+        stage, shard = self._ready(), self.server.model.shard
+        rows, columns = self.check_hidden(message.tensor, payload)
+        stage.admit_score((rows, columns, self.server.model.width))
+
+        def compute() -> _Packed | None:
+            output = stage.score(unpack(message.tensor, payload, shard.dtype, shard.device))
+            return pack(output, self.encoding) if is_finite(output) else None
+
+        try:
+            return await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_FORWARD)
+        finally:
+            stage.give_back()
 
     def _positions(self, message: pb.Forward, rows: int, columns: int) -> torch.Tensor | None:
         """Position ids [B, T] of packed rows; None: every row is one sample. Raises ProtocolError."""

@@ -197,15 +197,18 @@ class LeadLoop:
     def _count_parts(self, nodes: int) -> int:
         return microbatches(self._spec.schedule, nodes) * self._spec.schedule.accumulate
 
-    def heldout_batches(self, dataset: Samples) -> Iterator[Batch]:
-        """The job's evaluation samples, the same ones every time. Raises DatasetError, UnsupportedModel."""
+    def heldout_batches(self, dataset: Samples, nodes: int) -> Iterator[Batch]:
+        """The job's evaluation samples, the same ones every time, in parts as small as a step's microbatches.
+
+        Raises DatasetError, UnsupportedModel."""
         schedule, settings = self._spec.schedule, self._spec.eval
         count = min(settings.samples, len(dataset)) if settings is not None else 0
         indices = [sample_index(position, len(dataset), schedule.seed) for position in range(count)]
         for first in range(0, count, schedule.batch_size):
             chosen = indices[first : first + schedule.batch_size]
             samples = [dataset.encode(index) for index in chosen]
-            yield collate(samples, self._tokenizer.pad_token_id or 0)
+            batch = collate(samples, self._tokenizer.pad_token_id or 0)
+            yield from (part.batch for part in split_batch(batch, microbatches(schedule, nodes)))
 
 
 def microbatches(schedule: Schedule, nodes: int) -> int:

@@ -43,27 +43,33 @@ class Scorer:
         self._open_chain = open_chain
 
     async def score(self, batches: Iterable[Batch]) -> Score:
-        """Raises PeerLost and whatever a stage reports."""
+        """Batch by batch; no node keeps anything of one. Raises PeerLost and whatever a stage reports."""
         total, tokens = 0.0, 0
-        for batch in batches:
-            total += await self._batch(batch)
-            tokens += batch.label_tokens
-        return Score(total / max(1, tokens), tokens)
-
-    async def _batch(self, batch: Batch) -> float:
-        """Summed loss. A chain of its own for each batch: stages keep graphs until a gradient or their end."""
-        run, stage, head = self._compute.run, self._stage, self._head
         chain = await self._open_chain()
         try:
-            hidden = await run(Priority.TRAIN, lambda: head.embed(batch.input_ids_BT).detach())
-            stage.admit(0, tuple(hidden.shape))
-            output = await run(Priority.TRAIN, lambda: stage.forward(0, hidden, input_grad=False))
-            if chain is not None:
-                _, output = await chain.forward(output)
-            return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT, stage.give_way)
+            for batch in batches:
+                total += await self._batch(chain, batch)
+                tokens += batch.label_tokens
         finally:
             if chain is not None:
                 await chain.close()
+        return Score(total / max(1, tokens), tokens)
+
+    async def _batch(self, chain: Chain | None, batch: Batch) -> float:
+        """Summed loss."""
+        run, stage, head = self._compute.run, self._stage, self._head
+
+        def forward() -> torch.Tensor:
+            return stage.score(head.embed(batch.input_ids_BT).detach())
+
+        stage.admit_score((*batch.input_ids_BT.shape, head.width))
+        try:
+            output = await run(Priority.TRAIN, forward)
+        finally:
+            stage.give_back()
+        if chain is not None:
+            output = await chain.score_forward(output)
+        return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT, stage.give_way)
 
 
 def summed_loss(

@@ -100,10 +100,7 @@ class AdapterStage:
 
         Where they do not fit, those of batch `seq` are computed a second time in backward instead of kept.
         """
-        if shape_BTD[1] > self._model.context_length:
-            raise ContextTooLong(
-                f"{shape_BTD[1]} tokens are more than the model's context of {self._model.context_length}"
-            )
+        self._check_length(shape_BTD)
         sizes = self._sizes(shape_BTD)
         others = sum(self._charged.values())
         try:
@@ -114,6 +111,19 @@ class AdapterStage:
             if not self.reason:
                 self.reason = f"activations are computed twice: {error.cause}"
                 log.warning("activations_recomputed", owner=self._owner, reason=self.reason)
+
+    def admit_score(self, shape_BTD: tuple[int, ...]) -> None:
+        """Charge a pass that keeps nothing, until `give_back`. Raises ContextTooLong, OutOfMemory. (On the loop.)"""
+        self._check_length(shape_BTD)
+        tokens, hidden, inner, _, itemsize = self._sizes(shape_BTD)
+        size = sum(self._charged.values()) + kept_bytes(tokens, hidden, inner, 1, itemsize)
+        self._ledger.charge("activations", self._owner, size)
+
+    def _check_length(self, shape_BTD: tuple[int, ...]) -> None:
+        if shape_BTD[1] > self._model.context_length:
+            raise ContextTooLong(
+                f"{shape_BTD[1]} tokens are more than the model's context of {self._model.context_length}"
+            )
 
     def give_back(self) -> None:
         """Charge only what is kept: what is done with goes back with the next batch, or here. (On the loop.)"""
@@ -150,6 +160,20 @@ class AdapterStage:
             )
         self._in_flight[seq] = (hidden, output)
         return output.detach()
+
+    def score(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Run the blocks and keep nothing: no gradient will come. The same bits as `forward`."""
+        self._recompute.on = False
+        parameters = list(self.parameters.values())
+        try:
+            # Instead of `no_grad`, under which layers take other ways, which round otherwise.
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            with torch.enable_grad(), self.precision():
+                return self._view.forward(hidden_BTD.detach())
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor | None:
         """Accumulate gradients of batch `seq`; the gradient of its input if it was asked for.

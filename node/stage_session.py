@@ -53,6 +53,12 @@ class StageSession:
         assert grad is not None  # input_grad was asked for in forward
         return grad
 
+    def admit_score(self, shape_BTD: tuple[int, ...]) -> None:
+        self._member.stage.admit_score(shape_BTD)
+
+    def score(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return self._member.stage.score(hidden_BTD)
+
     def drop(self, seq: int) -> None:
         self._member.stage.drop(seq)
 

@@ -267,12 +267,12 @@ class Worker:
         async def open_chain() -> Chain | None:
             if len(assignment.hops) == 1:
                 return None
-            chain = await self._open_chain(assignment, member)
+            chain = await self._open_chain(assignment, member, scores=True)
             await chain.begin_round(following)
             return chain
 
         scorer = Scorer(head, member.stage, self._compute, open_chain)
-        score = await scorer.score(loop.heldout_batches(dataset))
+        score = await scorer.score(loop.heldout_batches(dataset, len(assignment.hops)))
         log.info("scored", job=assignment.job_name, round=assignment.round, loss=score.loss, tokens=score.tokens)
         request = pb.ReportScoreRequest(
             job_id=assignment.job_id,
@@ -341,11 +341,10 @@ class Worker:
         dataset = self._datasets[digest, max_length]
         return LeadLoop(member.spec, dataset, tokenizer, head, member.stage, self._compute, self._progress)
 
-    async def _open_chain(self, assignment: pb.Assignment, member: JobMember) -> Chain:
+    async def _open_chain(self, assignment: pb.Assignment, member: JobMember, scores: bool = False) -> Chain:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in assignment.hops]
-        binding = TrainingBinding(
-            assignment.job_id, assignment.pipeline_id, assignment.generation, packs=member.spec.data.packing
-        )
+        packs = member.spec.data.packing and not scores
+        binding = TrainingBinding(assignment.job_id, assignment.pipeline_id, assignment.generation, packs, scores)
         return await Chain.open(
             self._peer,
             hops,

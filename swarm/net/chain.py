@@ -46,11 +46,14 @@ class TrainingBinding:
     generation: int
     packs: bool = False
     """Whether rows may hold several samples."""
+    scores: bool = False
+    """Whether forward passes are only looked at."""
 
     @property
     def features(self) -> tuple[str, ...]:
         """What its hops must know."""
-        return ("step-frames", "packed-rows") if self.packs else ("step-frames",)
+        optional = {"packed-rows": self.packs, "score-frames": self.scores}
+        return ("step-frames", *(name for name, needed in optional.items() if needed))
 
 
 def hop_to_proto(hop: Hop) -> common_pb2.Hop:
@@ -232,6 +235,15 @@ class Chain:
         else:
             seq, frame, payload = self._step(hidden_BTD, 0, StepExtras(position_ids=tuple(position_ids)))
         return seq, (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
+
+    async def score_forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """`forward` in a training chain whose hops keep nothing: there is no gradient to come."""
+        seq, frame, payload = self._step(hidden_BTD, 0, _NO_EXTRAS)
+        frame.forward.score = True
+        output = (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
+        if output is None:
+            raise ProtocolError("a hop's hidden states are not finite: there is no loss to score")
+        return output
 
     async def push(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> None:
         """Send a step that nobody answers (`tail` 0): a prompt's chunk, a refill. Failures show at the next one."""

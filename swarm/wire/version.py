@@ -12,9 +12,10 @@ from swarm.wire.v1 import common_pb2 as pb
 
 VERSION_MIN = 1
 VERSION_MAX = 1
-FEATURES = frozenset({"push", "train", "int8-activations", "step-frames", "packed-rows"})
+FEATURES = frozenset({"push", "train", "int8-activations", "step-frames", "packed-rows", "score-frames"})
 """step-frames: a training chain's optimizer step is a message of its own, after the last gradient.
-packed-rows: position ids that start again within a row of a training chain keep its samples apart."""
+packed-rows: position ids that start again within a row of a training chain keep its samples apart.
+score-frames: a forward pass of a training chain may say that no gradient will come."""
 
 
 def hello(model_hash: bytes = b"", required: tuple[str, ...] = ()) -> pb.Hello:

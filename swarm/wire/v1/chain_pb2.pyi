@@ -382,6 +382,7 @@ class Forward(_message.Message):
     TAIL_FIELD_NUMBER: _builtins.int
     REFILL_FIELD_NUMBER: _builtins.int
     VOID_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     position: _builtins.int
     """columns before these (MODE_CACHED); fewer than are cached: what follows is dropped"""
@@ -395,6 +396,8 @@ class Forward(_message.Message):
     """
     void: _builtins.bool
     """MODE_TRAIN: there is no tensor, because it would not be finite. The optimizer step will be skipped."""
+    score: _builtins.bool
+    """MODE_TRAIN: no gradient will come, so nothing is kept. Only where the opener requires the feature "score-frames"."""
     @_builtins.property
     def tensor(self) -> _common_pb2.TensorMeta:
         """hidden states [batch, time, hidden]"""
@@ -424,10 +427,11 @@ class Forward(_message.Message):
         tail: _builtins.int | None = ...,
         refill: _builtins.int = ...,
         void: _builtins.bool = ...,
+        score: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "tail", b"tail", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "lengths", b"lengths", "mask", b"mask", "position", b"position", "position_ids", b"position_ids", "refill", b"refill", "rows", b"rows", "seq", b"seq", "tail", b"tail", "tensor", b"tensor", "void", b"void"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "lengths", b"lengths", "mask", b"mask", "position", b"position", "position_ids", b"position_ids", "refill", b"refill", "rows", b"rows", "score", b"score", "seq", b"seq", "tail", b"tail", "tensor", b"tensor", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tail: _TypeAlias = _typing.Literal["tail"]  # noqa: Y015
     _WhichOneofArgType__tail: _TypeAlias = _typing.Literal["_tail", b"_tail"]  # noqa: Y015

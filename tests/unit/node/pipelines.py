@@ -85,6 +85,7 @@ class Hosted:
         self.drop, self.squared_norm = stage.drop, stage.squared_norm
         self.fits, self.admit, self.give_back = stage.fits, stage.admit, stage.give_back
         self.step, self.skip = stage.step, stage.skip
+        self.admit_score, self.score = stage.admit_score, stage.score
 
     async def accept(self, caller: str, request: pb.Open) -> Hosted:
         return self
