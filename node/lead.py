@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from node.batches import OneAhead
 from node.member import Work
 from node.stage import AdapterStage
 from node.step import StepDriver
@@ -67,6 +68,16 @@ class Tally:
         return len(self.losses) + self.skipped
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What an inner step is taken with."""
+
+    batch: Batch
+    parts: tuple[Microbatch, ...]
+    cut_tokens: int
+    """Left out of prompts that are too long."""
+
+
 class LeadLoop:
     """Trains rounds of one job on one pipeline."""
 
@@ -98,11 +109,12 @@ class LeadLoop:
         """
         schedule, tally = self._spec.schedule, done or Tally()
         driver = StepDriver(self._head, self._stage, self._compute, chain)
-        while tally.steps < schedule.inner_steps:
-            if tally.steps and self._progress.wrap_up:
-                log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=tally.steps)
-                break
-            await self._step(driver, assignment, assignment.round, lease, tally)
+        async with self._batches(assignment, lease, schedule.inner_steps) as batches:
+            while tally.steps < schedule.inner_steps:
+                if tally.steps and self._progress.wrap_up:
+                    log.info("wrapping_up", job=assignment.job_name, round=assignment.round, steps=tally.steps)
+                    break
+                await self._step(driver, assignment, assignment.round, batches, tally)
         if self._cut_tokens:
             log.warning("prompts_cut", job=assignment.job_name, tokens=self._cut_tokens, max_length=schedule.max_length)
             self._cut_tokens = 0
@@ -141,20 +153,24 @@ class LeadLoop:
         Raises PeerLost, and whatever a stage reports.
         """
         driver, tally = StepDriver(self._head, self._stage, self._compute, chain), Tally()
-        while tally.steps < self._spec.schedule.overlap_steps:
-            await self._step(driver, assignment, assignment.round + 1, ahead, tally)
+        steps = self._spec.schedule.overlap_steps
+        async with self._batches(assignment, ahead, steps) as batches:
+            while tally.steps < steps:
+                await self._step(driver, assignment, assignment.round + 1, batches, tally)
         return tally
 
     async def _step(
-        self, driver: StepDriver, assignment: pb.Assignment, number: int, lease: pb.LeaseReply, tally: Tally
+        self, driver: StepDriver, assignment: pb.Assignment, number: int, batches: OneAhead[_Made], tally: Tally
     ) -> None:
         """The next inner step of round `number`."""
         schedule, inner, step = self._spec.schedule, self._spec.inner, tally.steps
         began = time.monotonic()
-        batch = self._batch([(r.start, r.end) for r in lease.ranges], step, len(assignment.hops))
+        made = await batches.take(step)
+        batch = made.batch
+        self._cut_tokens += made.cut_tokens
         at = global_step(number, schedule.inner_steps, step)
         lr = learning_rate(inner, at, schedule.rounds * schedule.inner_steps)
-        result = await driver.step(self._parts(batch, len(assignment.hops)), lr, inner.clip)
+        result = await driver.step(made.parts, lr, inner.clip)
         elapsed_s = time.monotonic() - began
         if result.taken:
             tally.tokens += batch.tokens
@@ -179,23 +195,24 @@ class LeadLoop:
             took_s=round(elapsed_s, 4),
         )
 
-    def _batch(self, ranges: list[tuple[int, int]], step: int, nodes: int) -> Batch:
+    def _batches(self, assignment: pb.Assignment, lease: pb.LeaseReply, steps: int) -> OneAhead[_Made]:
+        """Of the lease's inner steps, each tokenized while the one before is computed."""
+        ranges = [(r.start, r.end) for r in lease.ranges]
+        parts = microbatches(self._spec.schedule, len(assignment.hops)) * self._spec.schedule.accumulate
+        return OneAhead(lambda step: self._make(ranges, step, parts), steps)
+
+    def _make(self, ranges: list[tuple[int, int]], step: int, parts: int) -> _Made:
+        """On a thread. Raises DatasetError, UnsupportedModel."""
         schedule = self._spec.schedule
-        samples = []
-        for position in batch_positions(ranges, step, schedule.samples_per_step):
-            sample = self._dataset.encode(sample_index(position, len(self._dataset), schedule.seed))
-            self._cut_tokens += sample.cut_tokens
-            samples.append(sample)
+        positions = batch_positions(ranges, step, schedule.samples_per_step)
+        indices = [sample_index(position, len(self._dataset), schedule.seed) for position in positions]
+        samples = [self._dataset.encode(index) for index in indices]
         pad_id = self._tokenizer.pad_token_id or 0
         if self._spec.data.packing:
-            return collate_packed(samples, pad_id, self._count_parts(nodes), schedule.max_length)
-        return collate(samples, pad_id)
-
-    def _parts(self, batch: Batch, nodes: int) -> tuple[Microbatch, ...]:
-        return split_batch(batch, self._count_parts(nodes))
-
-    def _count_parts(self, nodes: int) -> int:
-        return microbatches(self._spec.schedule, nodes) * self._spec.schedule.accumulate
+            batch = collate_packed(samples, pad_id, parts, schedule.max_length)
+        else:
+            batch = collate(samples, pad_id)
+        return _Made(batch, split_batch(batch, parts), sum(sample.cut_tokens for sample in samples))
 
     def heldout_batches(self, dataset: Samples, nodes: int) -> Iterator[Batch]:
         """The job's evaluation samples, the same ones every time, in parts as small as a step's microbatches.

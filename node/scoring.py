@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from node.batches import on_thread
 from node.loss import rows_at_once
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
 from swarm.model.shard import Head
-from swarm.net.chain import Chain
+from swarm.net.chain import Chain, Packed
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class Scorer:
         self._open_chain = open_chain
 
     async def score(self, batches: Iterable[Batch]) -> Score:
-        """Batch by batch; no node keeps anything of one. Raises PeerLost and whatever a stage reports."""
+        """Batch by batch; no node keeps anything of one. Raises what making them does, PeerLost and whatever a stage
+        reports. `batches` is gone through on a thread."""
         total, tokens = 0.0, 0
         chain = await self._open_chain()
         try:
-            for batch in batches:
+            coming = iter(batches)
+            while (batch := await on_thread(next, coming, None)) is not None:
                 total += await self._batch(chain, batch)
                 tokens += batch.label_tokens
         finally:
@@ -59,8 +62,15 @@ class Scorer:
         """Summed loss."""
         run, stage, head = self._compute.run, self._stage, self._head
 
-        def forward() -> torch.Tensor:
-            return stage.score(head.embed(batch.input_ids_BT).detach())
+        def forward() -> torch.Tensor | Packed:
+            output = stage.score(head.embed(batch.input_ids_BT).detach())
+            return output if chain is None else chain.pack(output)
+
+        def loss_of(sent: torch.Tensor | Packed) -> float:
+            if isinstance(sent, Packed):
+                assert chain is not None
+                sent = chain.unpack(sent)
+            return summed_loss(head, sent, batch.labels_BT, stage.give_way)
 
         stage.admit_score((*batch.input_ids_BT.shape, head.width))
         try:
@@ -68,8 +78,9 @@ class Scorer:
         finally:
             stage.give_back()
         if chain is not None:
+            assert isinstance(output, Packed)
             output = await chain.score_forward(output)
-        return await run(Priority.TRAIN, summed_loss, head, output, batch.labels_BT, stage.give_way)
+        return await run(Priority.TRAIN, loss_of, output)
 
 
 def summed_loss(

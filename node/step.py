@@ -31,7 +31,7 @@ from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
 from swarm.data.microbatch import Microbatch
 from swarm.model.shard import Head
-from swarm.net.chain import Chain
+from swarm.net.chain import Chain, Packed
 from swarm.wire.tensors import is_finite
 
 RANK_HEAD, RANK_BACKWARD, RANK_FORWARD = 0.0, 1.0, 2.0
@@ -83,6 +83,10 @@ class StepDriver:
         return await _Pass(self._head, self._stage, self._compute, self._chain, parts).run()
 
 
+_Sent = torch.Tensor | Packed
+"""What goes from one loop to the next: packed over a chain, which the compute thread does, not the loop."""
+
+
 class _Pass:
     """The forward and backward passes of one step."""
 
@@ -95,8 +99,8 @@ class _Pass:
         self._chain = chain
         self._parts = parts
         self._room = Room(window(1 if chain is None else len(chain.hops) + 1, 0))
-        self._outputs: asyncio.Queue[asyncio.Task[tuple[int, torch.Tensor | None]]] = asyncio.Queue()
-        self._gradients: asyncio.Queue[asyncio.Task[tuple[torch.Tensor | None, float]]] = asyncio.Queue()
+        self._outputs: asyncio.Queue[asyncio.Task[tuple[int, _Sent | None]]] = asyncio.Queue()
+        self._gradients: asyncio.Queue[asyncio.Task[tuple[_Sent | None, float]]] = asyncio.Queue()
         self._losses: list[float] = []
         self._squared_norm = 0.0
 
@@ -118,53 +122,66 @@ class _Pass:
             await self._room.forward(partial(self._stage.fits, shape))
             self._stage.admit(number, shape)
 
-            def forward(number: int = number, batch: Batch = part.batch) -> torch.Tensor | None:
+            def forward(number: int = number, batch: Batch = part.batch) -> _Sent | None:
                 hidden = self._head.embed(batch.input_ids_BT, batch.positions_BT).detach()
                 output = self._stage.forward(number, hidden, batch.positions_BT, input_grad=False)
-                return output if is_finite(output) else None
+                return self._pack(output) if is_finite(output) else None
 
             output = await self._on_thread(forward, RANK_FORWARD)
             # Tasks start in the order in which they are made, and sending is first come first served.
             await self._outputs.put(group.create_task(self._through(output, part.batch.positions_BT)))
 
-    async def _through(
-        self, output: torch.Tensor | None, positions_BT: torch.Tensor | None
-    ) -> tuple[int, torch.Tensor | None]:
+    def _pack(self, tensor: torch.Tensor) -> _Sent:
+        return tensor if self._chain is None else self._chain.pack(tensor)
+
+    def _unpack(self, sent: _Sent) -> torch.Tensor:
+        if isinstance(sent, torch.Tensor):
+            return sent
+        assert self._chain is not None
+        return self._chain.unpack(sent)
+
+    async def _through(self, output: _Sent | None, positions_BT: torch.Tensor | None) -> tuple[int, _Sent | None]:
         if self._chain is None:
             return 0, output
+        assert not isinstance(output, torch.Tensor)
         position_ids = () if positions_BT is None else positions_BT.flatten().tolist()
         return await self._chain.train_forward(output, position_ids)
 
     async def _heads(self, group: asyncio.TaskGroup) -> None:
         for number, part in enumerate(self._parts):
             seq, output = await (await self._outputs.get())
-            gradient: torch.Tensor | None = None
-            if output is None:
-                loss = math.nan
-            else:
-                loss, gradient = await self._on_thread(self._loss_of(output, part), RANK_HEAD)
-                if not math.isfinite(loss) or not is_finite(gradient):
-                    loss, gradient = loss if not math.isfinite(loss) else math.nan, None
+            loss, gradient = math.nan, None
+            if output is not None:
+                loss, gradient = await self._on_thread(partial(self._loss_of, output, part), RANK_HEAD)
             self._losses.append(loss)
             last = number == len(self._parts) - 1
             await self._gradients.put(group.create_task(self._back(seq, gradient, last)))
 
-    def _loss_of(self, output: torch.Tensor, part: Microbatch) -> Any:
-        stage = self._stage
-        return lambda: label_loss(self._head, output, part.batch.labels_BT, part.share, stage.precision, stage.give_way)
+    def _loss_of(self, sent: _Sent, part: Microbatch) -> tuple[float, _Sent | None]:
+        """The loss and its gradient; NaN or infinity and None if one of them is not finite."""
+        stage, output = self._stage, self._unpack(sent)
+        loss, gradient = label_loss(
+            self._head, output, part.batch.labels_BT, part.share, stage.precision, stage.give_way
+        )
+        if not math.isfinite(loss):
+            return loss, None
+        return (loss, self._pack(gradient)) if is_finite(gradient) else (math.nan, None)
 
-    async def _back(self, seq: int, gradient: torch.Tensor | None, last: bool) -> tuple[torch.Tensor | None, float]:
-        return (gradient, 0.0) if self._chain is None else await self._chain.train_backward(seq, gradient, last)
+    async def _back(self, seq: int, gradient: _Sent | None, last: bool) -> tuple[_Sent | None, float]:
+        if self._chain is None:
+            return gradient, 0.0
+        assert not isinstance(gradient, torch.Tensor)
+        return await self._chain.train_backward(seq, gradient, last)
 
     async def _settle(self) -> None:
         for number in range(len(self._parts)):
             gradient, squared_norm = await (await self._gradients.get())
 
-            def backward(number: int = number, gradient: torch.Tensor | None = gradient) -> float:
+            def backward(number: int = number, gradient: _Sent | None = gradient) -> float:
                 if gradient is None:
                     self._stage.drop(number)
                 else:
-                    self._stage.backward(number, gradient)
+                    self._stage.backward(number, self._unpack(gradient))
                 last = number == len(self._parts) - 1
                 return self._stage.squared_norm() if last else 0.0
 

@@ -91,10 +91,20 @@ _NO_EXTRAS = StepExtras()
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A tensor as it travels."""
+
+    meta: common_pb2.TensorMeta
+    payload: bytes
+    sender: str = ""
+    """Peer id of the node it came from; empty: it was packed here."""
+
+
+@dataclass(frozen=True)
 class _Answer:
     """What came back for something that was sent."""
 
-    tensor: torch.Tensor | None = None
+    tensor: Packed | None = None
     squared_norm: float = 0.0
 
 
@@ -107,7 +117,11 @@ def error_from_proto(error: common_pb2.Error) -> SwarmError:
 
 
 class Chain:
-    """An open chain. Make with `open`; always `close`. Every failure is a SwarmError on the awaiting call."""
+    """An open chain. Make with `open`; always `close`. Every failure is a SwarmError on the awaiting call.
+
+    Calls that prompt pack and unpack on the event loop, those that train leave it to their caller: whole
+    microbatches take milliseconds each.
+    """
 
     def __init__(
         self,
@@ -216,29 +230,46 @@ class Chain:
         self, hidden_BTD: torch.Tensor, position: int = 0, extras: StepExtras = _NO_EXTRAS
     ) -> tuple[int, torch.Tensor]:
         """Push hidden states through all hops. Returns the step's number (for `backward`) and the output."""
-        seq, frame, payload = self._step(hidden_BTD, position, extras)
+        seq, frame, payload = self._step(self.pack(hidden_BTD), position, extras)
         output = (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
         if output is None:
             raise ProtocolError("a hop answered without hidden states")
-        return seq, output
+        return seq, self._unpacked(output)
 
-    async def train_forward(
-        self, hidden_BTD: torch.Tensor | None, position_ids: Sequence[int] = ()
-    ) -> tuple[int, torch.Tensor | None]:
+    def pack(self, tensor: torch.Tensor) -> Packed:
+        """As it crosses this chain's links. On any thread."""
+        return Packed(*pack(tensor, self._encoding))
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """What a hop sent. On any thread. Raises ProtocolError, naming the hop: malformed, or not a number."""
+        try:
+            return unpack(packed.meta, packed.payload, self._dtype, self._device)
+        except ProtocolError as error:
+            raise error.blaming(packed.sender) from error
+
+    def _unpacked(self, packed: Packed) -> torch.Tensor:
+        """On the loop: what is malformed ends the chain."""
+        try:
+            return self.unpack(packed)
+        except ProtocolError as error:
+            self._fail(error)
+            raise
+
+    async def train_forward(self, hidden: Packed | None, position_ids: Sequence[int] = ()) -> tuple[int, Packed | None]:
         """`forward` of a microbatch in training. None, both ways: there were no finite numbers.
 
         position_ids: of packed rows, one after the other.
         """
-        if hidden_BTD is None:
+        if hidden is None:
             self._seq += 1
             seq, frame, payload = self._seq, pb.Frame(forward=pb.Forward(seq=self._seq, void=True)), b""
         else:
-            seq, frame, payload = self._step(hidden_BTD, 0, StepExtras(position_ids=tuple(position_ids)))
+            seq, frame, payload = self._step(hidden, 0, StepExtras(position_ids=tuple(position_ids)))
         return seq, (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
 
-    async def score_forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    async def score_forward(self, hidden: Packed) -> Packed:
         """`forward` in a training chain whose hops keep nothing: there is no gradient to come."""
-        seq, frame, payload = self._step(hidden_BTD, 0, _NO_EXTRAS)
+        seq, frame, payload = self._step(hidden, 0, _NO_EXTRAS)
         frame.forward.score = True
         output = (await self._exchange("forward", seq, self._inputs, frame, payload)).tensor
         if output is None:
@@ -249,7 +280,7 @@ class Chain:
         """Send a step that nobody answers (`tail` 0): a prompt's chunk, a refill. Failures show at the next one."""
         if self._failure is not None:
             raise self._failure
-        _, frame, payload = self._step(hidden_BTD, position, extras)
+        _, frame, payload = self._step(self.pack(hidden_BTD), position, extras)
         await self._inputs.send(frame, payload)
 
     async def refill(self, first: int, last: int, start: int, end: int) -> None:
@@ -257,41 +288,40 @@ class Chain:
         order = pb.Refill(first=first, last=last, start=start, end=end)
         await self._inputs.send(pb.Frame(refill=order))
 
-    def _step(self, hidden_BTD: torch.Tensor, position: int, extras: StepExtras) -> tuple[int, pb.Frame, bytes]:
+    def _step(self, hidden: Packed, position: int, extras: StepExtras) -> tuple[int, pb.Frame, bytes]:
         self._seq += 1
-        meta, payload = pack(hidden_BTD, self._encoding)
         message = pb.Forward(
             seq=self._seq,
             position=position,
-            tensor=meta,
+            tensor=hidden.meta,
             rows=extras.rows,
             mask=extras.mask,
             position_ids=extras.position_ids,
             tail=extras.tail,
             refill=extras.refill,
         )
-        return self._seq, pb.Frame(forward=message), payload
+        return self._seq, pb.Frame(forward=message), hidden.payload
 
     async def backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         """Send the gradient of step `seq`'s output; returns that of its input."""
-        grad, _ = await self.train_backward(seq, grad_BTD)
+        grad, _ = await self.train_backward(seq, self.pack(grad_BTD))
         if grad is None:
             raise ProtocolError("a hop answered without a gradient")
-        return grad
+        return self._unpacked(grad)
 
     async def train_backward(
-        self, seq: int, grad_BTD: torch.Tensor | None, last: bool = False
-    ) -> tuple[torch.Tensor | None, float]:
+        self, seq: int, gradient: Packed | None, last: bool = False
+    ) -> tuple[Packed | None, float]:
         """The gradient of a microbatch's input. None, both ways: there were no finite numbers.
 
         last: of the optimizer step; then the squared norm of all hops' accumulated gradients comes back too.
         """
         message, payload = pb.Backward(seq=seq, last=last), b""
-        if grad_BTD is None:
+        if gradient is None:
             message.void = True
         else:
-            meta, payload = pack(grad_BTD, self._encoding)
-            message.tensor.CopyFrom(meta)
+            message.tensor.CopyFrom(gradient.meta)
+            payload = gradient.payload
         assert self._outputs is not None
         answer = await self._exchange("backward", seq, self._outputs, pb.Frame(backward=message), payload)
         return answer.tensor, answer.squared_norm
@@ -372,25 +402,23 @@ class Chain:
                             async with asyncio.timeout(_ACCOUNT_GRACE_S):
                                 await self._failed.wait()
                     raise PeerLost(f"node {stream.peer} went away").blaming(stream.peer)
-                self._take(*received)
+                self._take(*received, stream.peer)
         except ProtocolError as error:
-            # Malformed, or not a number: whoever sent it here is at fault.
+            # Malformed: whoever sent it here is at fault.
             self._fail(error.blaming(stream.peer))
         except SwarmError as error:
             self._fail(error)
 
-    def _take(self, frame: pb.Frame, payload: bytes) -> None:
+    def _take(self, frame: pb.Frame, payload: bytes, sender: str) -> None:
         kind = frame.WhichOneof("kind")
         value = _Answer()
         if kind == "forward":
             number = frame.forward.seq
             if not frame.forward.void:
-                value = _Answer(unpack(frame.forward.tensor, payload, self._dtype, self._device))
+                value = _Answer(Packed(frame.forward.tensor, payload, sender))
         elif kind == "backward":
             number = frame.backward.seq
-            grad = None
-            if not frame.backward.void:
-                grad = unpack(frame.backward.tensor, payload, self._dtype, self._device)
+            grad = None if frame.backward.void else Packed(frame.backward.tensor, payload, sender)
             value = _Answer(grad, frame.backward.squared_norm)
         elif kind == "begin_round":
             number = frame.begin_round.round

@@ -100,7 +100,7 @@ async def test_packed_rows_through_a_pipeline_of_two_nodes(tiny: Path, tmp_path:
 async def test_position_ids_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     async with pipeline_of(tiny, SPEC, tmp_path) as pipeline:
         with pytest.raises(ProtocolError, match="position ids"):
-            await pipeline.chain.train_forward(torch.randn(1, 3, 32), [0, 1])
+            await pipeline.chain.train_forward(pipeline.chain.pack(torch.randn(1, 3, 32)), [0, 1])
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "minimax"])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+import node.step
+import swarm.net.chain
 from node.loss import label_loss
 from node.step import StepDriver, clip_scale
 from node.turns import window
@@ -82,7 +87,7 @@ async def test_a_stage_runs_ahead_of_gradients_as_far_as_memory_has_room(
     async with pipeline_of(tiny, EXACT, tmp_path, second_budget_bytes=budget) as pipeline:
         idle = pipeline.lead.ledger.used_by("activations")
         # No gradient is sent: what comes back is what the stage does without.
-        hidden = head.embed(microbatches[0].batch.input_ids_BT).detach()
+        hidden = pipeline.chain.pack(head.embed(microbatches[0].batch.input_ids_BT).detach())
         alone = of_stage.most if roomy else of_stage.least
         ahead = [await pipeline.chain.train_forward(hidden) for _ in range(alone)]
         assert pipeline.hosted.most_held == alone
@@ -94,6 +99,27 @@ async def test_a_stage_runs_ahead_of_gradients_as_far_as_memory_has_room(
         assert pipeline.second.stage.reason == "", "nothing was computed twice"
         await pipeline.driver.step(microbatches, LR)
         assert pipeline.lead.ledger.used_by("activations") == idle
+
+
+async def test_the_event_loop_touches_no_tensor(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing, unpacking and looking for what is not finite take milliseconds of whole microbatches."""
+    called: list[tuple[str, str]] = []
+
+    def watch(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args: Any) -> Any:
+            called.append((name, threading.current_thread().name))
+            return real(*args)
+
+        monkeypatch.setattr(module, name, watched)
+
+    async with pipeline_of(tiny, spec_of(), tmp_path) as pipeline:
+        for module, name in ((node.step, "is_finite"), (swarm.net.chain, "pack"), (swarm.net.chain, "unpack")):
+            watch(module, name)
+        await pipeline.driver.step(split_batch(BATCH, 3), LR)
+    assert {name for name, _ in called} == {"is_finite", "pack", "unpack"}
+    assert {thread for _, thread in called} == {"compute-train"}
 
 
 async def test_the_same_steps_give_the_same_bits(tiny: Path, tmp_path: Path) -> None:
@@ -230,13 +256,13 @@ async def test_a_step_that_cannot_be_meant_is_refused(tiny: Path, tmp_path: Path
 
 async def test_a_step_or_gradient_out_of_turn_is_refused(tiny: Path, tmp_path: Path) -> None:
     async with pipeline_of(tiny, EXACT, tmp_path) as pipeline:
-        await pipeline.chain.train_forward(torch.randn(1, 3, 32))
+        await pipeline.chain.train_forward(pipeline.chain.pack(torch.randn(1, 3, 32)))
         await pipeline.chain.step(LR, 1.0, skip=False)
         with pytest.raises(ProtocolError, match="while 1 batches wait"):
             await pipeline.chain.begin_round(2)
     async with pipeline_of(tiny, EXACT, tmp_path) as pipeline:
         with pytest.raises(ProtocolError, match="which never came"):
-            await pipeline.chain.train_backward(7, torch.randn(1, 3, 32))
+            await pipeline.chain.train_backward(7, pipeline.chain.pack(torch.randn(1, 3, 32)))
 
 
 async def test_one_node_alone_takes_the_same_step(tiny: Path, tmp_path: Path) -> None:
