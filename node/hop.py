@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from swarm.errors import PeerLost, ProtocolError, SessionError, SwarmError
-from swarm.net.chain import PROTOCOL, error_from_proto, error_to_proto, expect_opened, lost_hop
+from swarm.net.chain import PROTOCOL, SCALED_GRADIENTS, error_from_proto, error_to_proto, expect_opened, lost_hop
 from swarm.net.view import Hop
 from swarm.wire.frames import FrameStream
 from swarm.wire.tensors import payload_size
@@ -50,6 +50,8 @@ class ChainHop:
         self.hop = hops[request.index]
         self.last = request.index == len(hops) - 1
         self.encoding = request.activation_encoding
+        self.scaled = SCALED_GRADIENTS in request.hello.required
+        """Whether gradients travel with an exponent: not to an opener of an older release."""
         self.closed_by_opener = False
         """Whether the opener said that it is done, rather than vanish."""
         self._upstream = upstream

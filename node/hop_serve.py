@@ -310,7 +310,7 @@ class GradientHop(StatelessHop):
         def compute() -> Packed:
             grad = unpack(message.tensor, payload, shard.dtype, shard.device)
             (of_input,) = torch.autograd.grad(output, hidden, grad)
-            return pack(of_input, self.encoding)
+            return pack(of_input, self.encoding, scaled=self.scaled)
 
         meta, data = await self.server.compute.run(Priority.PREFILL, compute)
         self._charge()

@@ -131,7 +131,7 @@ class TrainHop(ChainHop):
                 stage.drop(message.seq)
             else:
                 gradient = stage.train_backward(message.seq, unpack(message.tensor, payload, shard.dtype, shard.device))
-                packed = pack(gradient, self.encoding) if is_finite(gradient) else None
+                packed = pack(gradient, self.encoding, scaled=self.scaled) if is_finite(gradient) else None
             return packed, stage.squared_norm() if message.last else 0.0
 
         packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)

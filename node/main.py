@@ -82,12 +82,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, trains: bool = False) -> torch.dtype:
     """Raises InputError."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise InputError(f"'{name}' is not a dtype", f"choose --dtype from {', '.join(DTYPES)}")
+    if trains and DTYPES[name] == torch.float16:
+        raise InputError(
+            "a node that trains cannot hold its blocks in float16: gradients are rounded to zero in it",
+            "choose --dtype bfloat16 or float32; float16 serves in swarms without a coordinator only",
+        )
     return DTYPES[name]
 
 
@@ -108,7 +113,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
     use_one_arena()
     device = pick_device(settings.device)
     choices = Choices(
-        pick_dtype(settings.dtype, device),
+        pick_dtype(settings.dtype, device, trains=bool(settings.join.coordinator)),
         device,
         pick_scheme(settings.quantize, settings.dtype),
         settings.blocks,

@@ -52,6 +52,11 @@ class AdapterStage:
                 f"the job computes in float32, this node holds its blocks in {held}",
                 "start the node with --dtype float32, or leave the job's precision out",
             )
+        if model.shard.dtype == torch.float16:
+            raise JobConflict(
+                "this node holds its blocks in float16, in which gradients are rounded to zero",
+                "start the node with --dtype bfloat16 or float32",
+            )
         shapes = model.adapters.span_shapes(spec.method, span)
         count = sum(int(np.prod(shape)) for shape in shapes.values())
         copies = _OPTIMIZER_COPIES + (_OVERLAP_COPIES if spec.schedule.overlap_steps else 0)

@@ -134,6 +134,9 @@ class _Pass:
     def _pack(self, tensor: torch.Tensor) -> _Sent:
         return tensor if self._chain is None else self._chain.pack(tensor)
 
+    def _pack_gradient(self, tensor: torch.Tensor) -> _Sent:
+        return tensor if self._chain is None else self._chain.pack_gradient(tensor)
+
     def _unpack(self, sent: _Sent) -> torch.Tensor:
         if isinstance(sent, torch.Tensor):
             return sent
@@ -165,7 +168,7 @@ class _Pass:
         )
         if not math.isfinite(loss):
             return loss, None
-        return (loss, self._pack(gradient)) if is_finite(gradient) else (math.nan, None)
+        return (loss, self._pack_gradient(gradient)) if is_finite(gradient) else (math.nan, None)
 
     async def _back(self, seq: int, gradient: _Sent | None, last: bool) -> tuple[_Sent | None, float]:
         if self._chain is None:

@@ -27,6 +27,7 @@ from swarm.wire.v1 import chain_pb2 as pb
 from swarm.wire.v1 import common_pb2
 from swarm.wire.version import hello
 
+SCALED_GRADIENTS = "scaled-gradients"
 PROTOCOL = "/swarm/chain/1"
 OPEN_TIMEOUT_S = 60.0
 """Opening may load weights into new modules and fetch an adapter; dialling alone has its own limit."""
@@ -180,8 +181,11 @@ class Chain:
         """
         terms = terms or SessionTerms()
         session_id = terms.session_id or uuid.uuid4().hex
+        features = () if training is None else training.features
+        if encoding == "float16" and mode in (pb.MODE_TRAIN, pb.MODE_GRAD):
+            features = (*features, SCALED_GRADIENTS)
         message = pb.Open(
-            hello=hello(model_hash, ("push", *(() if training is None else training.features))),
+            hello=hello(model_hash, ("push", *features)),
             session_id=session_id,
             mode=mode,
             hops=[hop_to_proto(hop) for hop in hops],
@@ -239,6 +243,10 @@ class Chain:
     def pack(self, tensor: torch.Tensor) -> Packed:
         """As it crosses this chain's links. On any thread."""
         return Packed(*pack(tensor, self._encoding))
+
+    def pack_gradient(self, tensor: torch.Tensor) -> Packed:
+        """As `pack`, for a gradient, which in float16 needs a scale."""
+        return Packed(*pack(tensor, self._encoding, scaled=True))
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """What a hop sent. On any thread. Raises ProtocolError, naming the hop: malformed, or not a number."""
@@ -304,7 +312,7 @@ class Chain:
 
     async def backward(self, seq: int, grad_BTD: torch.Tensor) -> torch.Tensor:
         """Send the gradient of step `seq`'s output; returns that of its input."""
-        grad, _ = await self.train_backward(seq, self.pack(grad_BTD))
+        grad, _ = await self.train_backward(seq, self.pack_gradient(grad_BTD))
         if grad is None:
             raise ProtocolError("a hop answered without a gradient")
         return self._unpacked(grad)

@@ -2,7 +2,8 @@
 
 In: a float tensor [..., hidden]. Out: a `TensorMeta` and its payload, in the encoding asked for:
 
-    float32, bfloat16, float16   the values, little endian
+    float32, bfloat16, float16   the values, little endian; gradients in float16 divided by a power of two that
+                                 brings the largest close to the end of its range (`TensorMeta.exponent`)
     int8                         per 64 values of the last dimension one fp32 scale (absmax / 127),
                                  all scales first, then the rounded values; a last dimension that 64
                                  does not divide has one scale a row
@@ -14,6 +15,9 @@ In: a float tensor [..., hidden]. Out: a `TensorMeta` and its payload, in the en
 
 A few hidden dimensions are tens of times larger than the rest; with one scale a row they would leave
 the others a handful of levels, which shifts the loss; at 4 bits they would even among 32 (docs/experiments.md).
+
+A gradient is one of a mean over all labelled tokens of a step: of 32,768 tokens two thirds of the values are below
+float16's least.
 
 Decoding checks every size against what was announced and refuses values that are not finite, so
 that a faulty node is caught at its own door.
@@ -33,11 +37,22 @@ MAX_RANK = 4
 _GROUP = {"int8": 64, "int4": 32}
 _STEPS = 15.0
 _APART = 4
+_LARGEST = 15
+"""The largest value of a scaled tensor is below two to this; float16 ends at just below two to the 16."""
+_MOST_EXPONENT = 126
+"""Either way: powers of two that float32 holds exactly."""
 
 
-def pack(tensor: torch.Tensor, encoding: str) -> tuple[pb.TensorMeta, bytes]:
-    """Encode a float tensor of any device. Raises ProtocolError for an unknown encoding."""
+def pack(tensor: torch.Tensor, encoding: str, *, scaled: bool = False) -> tuple[pb.TensorMeta, bytes]:
+    """Encode a float tensor of any device. Raises ProtocolError for an unknown encoding.
+
+    scaled: with an exponent, if the encoding is float16; for gradients, where the receiver knows it.
+    """
     meta = pb.TensorMeta(shape=list(tensor.shape), encoding=encoding)
+    if scaled and encoding == "float16":
+        tensor = tensor.detach().float()
+        meta.exponent = _exponent(tensor)
+        tensor = tensor * 2.0**-meta.exponent
     if encoding == "int8":
         values = (
             tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, _group_size("int8", tensor.shape[-1]))
@@ -80,6 +95,8 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
     expected = payload_size(meta)
     if len(payload) != expected:
         raise ProtocolError(f"tensor payload has {len(payload)} bytes, {expected} announced")
+    if meta.exponent and (meta.encoding != "float16" or abs(meta.exponent) > _MOST_EXPONENT):
+        raise ProtocolError(f"an exponent of {meta.exponent} with the encoding '{meta.encoding}'")
     shape = tuple(meta.shape)
     # A bytearray gives torch writable memory of its own; a view of `bytes` would be read-only.
     buffer = bytearray(payload)
@@ -92,9 +109,19 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
         values = _unpack_int4(buffer, shape)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
+        if meta.exponent:
+            values = values.float() * 2.0**meta.exponent
     if not is_finite(values):
         raise ProtocolError("activations contain NaN or infinity", "route around the node that sent them")
     return values.to(device=device, dtype=dtype)
+
+
+def _exponent(tensor: torch.Tensor) -> int:
+    """The power of two by which a tensor is divided so that its largest value nearly fills float16's range."""
+    largest = max(abs(float(extreme)) for extreme in torch.aminmax(tensor)) if tensor.numel() else 0.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return 0
+    return max(-_MOST_EXPONENT, min(_MOST_EXPONENT, math.frexp(largest)[1] - _LARGEST))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -12,10 +12,13 @@ from swarm.wire.v1 import common_pb2 as pb
 
 VERSION_MIN = 1
 VERSION_MAX = 1
-FEATURES = frozenset({"push", "train", "int8-activations", "step-frames", "packed-rows", "score-frames"})
+FEATURES = frozenset(
+    {"push", "train", "int8-activations", "step-frames", "packed-rows", "score-frames", "scaled-gradients"}
+)
 """step-frames: a training chain's optimizer step is a message of its own, after the last gradient.
 packed-rows: position ids that start again within a row of a training chain keep its samples apart.
-score-frames: a forward pass of a training chain may say that no gradient will come."""
+score-frames: a forward pass of a training chain may say that no gradient will come.
+scaled-gradients: gradients in float16 travel with an exponent, so that small ones are not rounded to zero."""
 
 
 def hello(model_hash: bytes = b"", required: tuple[str, ...] = ()) -> pb.Hello:

@@ -144,9 +144,14 @@ class TensorMeta(_message.Message):
 
     SHAPE_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
+    EXPONENT_FIELD_NUMBER: _builtins.int
     encoding: _builtins.str
     """"float32", "bfloat16", "float16", "int8" (absmax per 64 values of the last dimension, fp32 scales first)
     or "int4" (swarm.wire.tensors)
+    """
+    exponent: _builtins.int
+    """float16: values are those of the payload times two to this. Gradients only, where the opener requires the feature
+    "scaled-gradients".
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -155,10 +160,11 @@ class TensorMeta(_message.Message):
         *,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         encoding: _builtins.str = ...,
+        exponent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "exponent", b"exponent", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,13 +16,18 @@ from torch.nn import functional
 import node.step
 import swarm.net.chain
 from node.loss import label_loss
+from node.main import pick_dtype
+from node.memory import Ledger
+from node.serving import NodeModel
+from node.stage import AdapterStage
 from node.step import StepDriver, clip_scale
 from node.turns import window
 from swarm.config import JobSpec
 from swarm.data.batch import Batch
-from swarm.data.microbatch import split_batch
-from swarm.errors import OutOfMemory, ProtocolError
+from swarm.data.microbatch import Microbatch, split_batch
+from swarm.errors import InputError, JobConflict, OutOfMemory, ProtocolError
 from swarm.ids import Span
+from swarm.model.checkpoint import Checkpoint
 from swarm.model.shard import Head
 from tests.unit.node.pipelines import BLOCKS, CPU, Part, Pipeline, batch_of, pipeline_of, spec_of
 
@@ -108,9 +113,9 @@ async def test_the_event_loop_touches_no_tensor(tiny: Path, tmp_path: Path, monk
     def watch(module: ModuleType, name: str) -> None:
         real = getattr(module, name)
 
-        def watched(*args: Any) -> Any:
+        def watched(*args: Any, **settings: Any) -> Any:
             called.append((name, threading.current_thread().name))
-            return real(*args)
+            return real(*args, **settings)
 
         monkeypatch.setattr(module, name, watched)
 
@@ -198,6 +203,31 @@ async def test_a_step_that_is_not_finite_changes_nothing_anywhere(tiny: Path, tm
             if where == "gradient":
                 part.stage.parameters[key.replace("lora_A", "lora_B")].fill_(0.01)
         assert (await pipeline.driver.step(split_batch(BATCH, 3), LR)).taken
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-5, 1e-9])
+async def test_small_gradients_cross_a_link_in_float16(tiny: Path, tmp_path: Path, share: float) -> None:
+    """`share`: of a step's labelled tokens. The mean over many of them has gradients below float16's least value."""
+    found = []
+    for encoding in ("float32", "float16"):
+        (tmp_path / encoding).mkdir()
+        async with pipeline_of(tiny, spec_of(activations=encoding), tmp_path / encoding) as pipeline:
+            await pipeline.driver.gradient([Microbatch(BATCH, share)])
+            found.append(pipeline.gradients())
+    for key, exact in found[0].items():
+        assert float((found[1][key] - exact).norm()) <= 5e-3 * float(exact.norm()), key
+        assert float(exact.norm()) > 0
+
+
+def test_a_node_in_float16_does_not_train(tiny: Path) -> None:
+    checkpoint, ledger = Checkpoint.open(str(tiny)), Ledger(1 << 40)
+    model = NodeModel(checkpoint, Span(0, 2), torch.float16, CPU, ledger)
+    with pytest.raises(JobConflict, match="float16") as caught:
+        AdapterStage(model, Span(0, 2), EXACT.model_copy(update={"precision": "auto"}), ledger, "tiny")
+    assert "--dtype bfloat16" in caught.value.fix
+    with pytest.raises(InputError, match="float16"):
+        pick_dtype("float16", CPU, trains=True)
+    assert pick_dtype("float16", CPU) is torch.float16
 
 
 async def test_accumulated_batches_are_one_large_batch(tiny: Path, tmp_path: Path) -> None:

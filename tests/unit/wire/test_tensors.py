@@ -38,6 +38,42 @@ def test_int8_scales_are_per_group_so_that_an_outlier_harms_its_neighbours_only(
     assert float(error[..., 64:128].max()) < 2.0
 
 
+@given(shapes, st.integers(0, 2**31), st.integers(-140, 127))
+def test_a_scaled_float16_gradient_keeps_its_digits_whatever_its_size(
+    shape: tuple[int, ...], seed: int, power: int
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-0.9, 0.9) * 2.0**power
+    meta, payload = pack(tensor, "float16", scaled=True)
+    assert len(payload) == payload_size(meta) == 2 * tensor.numel()
+    back = unpack(meta, payload, torch.float32, CPU)
+    # Half of the last of float16's eleven digits; far below the largest value, what float16 and float32 end at.
+    bound = tensor.abs() * 2**-11 + tensor.abs().max() * 2**-38 + 2.0**-149
+    assert bool(((back - tensor).abs() <= bound).all())
+
+
+def test_a_scale_is_undone_exactly() -> None:
+    tensor = torch.randn(4, 64).to(torch.float16).float()
+    for power in (-100, -30, 0, 20):
+        meta, payload = pack(tensor * 2.0**power, "float16", scaled=True)
+        assert torch.equal(unpack(meta, payload, torch.float32, CPU), tensor * 2.0**power)
+    meta, payload = pack(torch.zeros(2, 3), "float16", scaled=True)
+    assert meta.exponent == 0
+    assert not unpack(meta, payload, torch.float32, CPU).any()
+    assert pack(tensor, "bfloat16", scaled=True)[0].exponent == pack(tensor, "float16")[0].exponent == 0
+
+
+@pytest.mark.parametrize(("encoding", "exponent"), [("float32", 1), ("float16", 127), ("float16", -2000)])
+def test_an_exponent_that_cannot_be_is_refused(encoding: str, exponent: int) -> None:
+    meta, payload = pack(torch.ones(2, 3), encoding)
+    meta.exponent = exponent
+    with pytest.raises(ProtocolError, match="exponent"):
+        unpack(meta, payload, torch.float32, CPU)
+    meta, payload = pack(torch.full((2, 3), 6e4), "float16")
+    meta.exponent = 120  # out of float32's range
+    with pytest.raises(ProtocolError, match="NaN or infinity"):
+        unpack(meta, payload, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
 def test_a_row_of_zeros_stays_zero(encoding: str) -> None:
     meta, payload = pack(torch.zeros(2, 3, 4), encoding)
