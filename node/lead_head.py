@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import torch
+
 from node.loss import logits_bytes
 from node.memory import Ledger
 from node.serving import NodeModel
@@ -34,14 +36,18 @@ class LeadHead:
         self._loading = asyncio.Lock()
         self._loaded: tuple[Head, Any] | None = None
 
-    async def get(self) -> tuple[Head, Any]:
-        """The head and the tokenizer, with the logits of a step charged until `rest`. Raises OutOfMemory."""
+    async def get(self, precision: str = "auto") -> tuple[Head, Any]:
+        """The head and the tokenizer, with the logits of a step charged until `rest`. Raises OutOfMemory.
+
+        precision: the job's."""
         async with self._loading:  # a round and a score may ask at once
             checkpoint, shard = self._model.checkpoint, self._model.shard
-            self._charge(
-                await asyncio.to_thread(head_bytes, checkpoint, shard.dtype),
-                logits_bytes(int(checkpoint.config.vocab_size), shard.device),
-            )
+            vocabulary = int(checkpoint.config.vocab_size)
+            logits = logits_bytes(vocabulary, shard.device)
+            if precision == "bfloat16" and shard.dtype != torch.bfloat16:
+                # Autocast multiplies by a copy of the LM head.
+                logits += vocabulary * int(checkpoint.config.hidden_size) * torch.bfloat16.itemsize
+            self._charge(await asyncio.to_thread(head_bytes, checkpoint, shard.dtype), logits)
             if self._loaded is None:
                 try:
                     head = await self._compute.run(Priority.BACKGROUND, Head, checkpoint, shard.dtype, shard.device)

@@ -23,6 +23,7 @@ from swarm.adapters.registry import Parameters, get_values, set_values
 from swarm.config import JobSpec
 from swarm.errors import ContextTooLong, JobConflict, OutOfMemory, ProtocolError, UnsupportedModel
 from swarm.ids import Span
+from swarm.model.cast_again import cast_again, kept_cast_bytes
 from swarm.model.packed import keeps_apart
 
 log = structlog.get_logger()
@@ -86,18 +87,23 @@ class AdapterStage:
             raise UnsupportedModel(
                 f"models of type '{kind}' do not keep samples apart that share a row", "set data.packing to false"
             )
+        # Weights in bfloat16 need none, and LoRA's products are summed in place only without (`swarm.adapters.fused`).
+        self._autocast = spec.precision == "bfloat16" and model.shard.dtype != torch.bfloat16
+        self._cast_bytes = 0
+        """Copies of weights that every batch keeps for itself."""
+        if self._autocast:
+            cast_again(self._view.blocks)
+            self._cast_bytes = kept_cast_bytes(self._view.blocks, torch.bfloat16)
         between_layers(self._view.blocks, give_way)
         self.give_way = give_way
         """For what is computed beside the blocks."""
-        # Weights in bfloat16 need none, and LoRA's products are summed in place only without (`swarm.adapters.fused`).
-        self._autocast = spec.precision == "bfloat16" and model.shard.dtype != torch.bfloat16
         self.reason = ""
         """Why it is slower than it could be; empty: it is not."""
 
     def fits(self, shape_BTD: tuple[int, ...]) -> bool:
         """Whether one more batch's activations can be kept beside those that are, and leave as much memory again to
         sessions, to other jobs and to what the estimate leaves out. (On the loop.)"""
-        kept = sum(self._charged.values()) + kept_bytes(*self._sizes(shape_BTD))
+        kept = sum(self._charged.values()) + self._kept_bytes(shape_BTD)
         return 2 * kept <= self._ledger.free("activations", self._owner)
 
     def admit(self, seq: int, shape_BTD: tuple[int, ...]) -> None:
@@ -106,12 +112,12 @@ class AdapterStage:
         Where they do not fit, those of batch `seq` are computed a second time in backward instead of kept.
         """
         self._check_length(shape_BTD)
-        sizes = self._sizes(shape_BTD)
         others = sum(self._charged.values())
         try:
-            self._charge(seq, others, kept_bytes(*sizes))
+            self._charge(seq, others, self._kept_bytes(shape_BTD))
         except OutOfMemory as error:
-            self._charge(seq, others, recomputed_bytes(*sizes))
+            of_one = self._cast_bytes // len(self.span)
+            self._charge(seq, others, recomputed_bytes(*self._sizes(shape_BTD)) + of_one)
             self._recomputed.add(seq)
             if not self.reason:
                 self.reason = f"activations are computed twice: {error.cause}"
@@ -121,7 +127,8 @@ class AdapterStage:
         """Charge a pass that keeps nothing, until `give_back`. Raises ContextTooLong, OutOfMemory. (On the loop.)"""
         self._check_length(shape_BTD)
         tokens, hidden, inner, _, itemsize = self._sizes(shape_BTD)
-        size = sum(self._charged.values()) + kept_bytes(tokens, hidden, inner, 1, itemsize)
+        of_one = kept_bytes(tokens, hidden, inner, 1, itemsize) + self._cast_bytes // len(self.span)
+        size = sum(self._charged.values()) + of_one
         self._ledger.charge("activations", self._owner, size)
 
     def _check_length(self, shape_BTD: tuple[int, ...]) -> None:
@@ -133,6 +140,9 @@ class AdapterStage:
     def give_back(self) -> None:
         """Charge only what is kept: what is done with goes back with the next batch, or here. (On the loop.)"""
         self._ledger.charge("activations", self._owner, sum(self._charged.values()))
+
+    def _kept_bytes(self, shape_BTD: tuple[int, ...]) -> int:
+        return kept_bytes(*self._sizes(shape_BTD)) + self._cast_bytes
 
     def _sizes(self, shape_BTD: tuple[int, ...]) -> tuple[int, int, int, int, int]:
         """What `node.recompute` estimates activations by."""

@@ -258,7 +258,7 @@ class Worker:
         data = await self._data_files.get(digest, size)
         loop = await self._lead_loop(assignment, member)
         where = f"{assignment.job_name}, held out"
-        head, tokenizer = await self._head.get()
+        head, tokenizer = await self._head.get(member.spec.precision)
         dataset = await asyncio.to_thread(open_samples, data, where, tokenizer, member.spec.schedule.max_length)
         if self._ahead is not None:
             await self._ahead.finished()  # the stages compute one thing at a time
@@ -332,7 +332,7 @@ class Worker:
         return done, ahead.chain
 
     async def _lead_loop(self, assignment: pb.Assignment, member: JobMember) -> LeadLoop:
-        head, tokenizer = await self._head.get()
+        head, tokenizer = await self._head.get(member.spec.precision)
         digest, size, max_length = assignment.dataset, assignment.dataset_size, member.spec.schedule.max_length
         if (digest, max_length) not in self._datasets:
             data = await self._data_files.get(digest, size)

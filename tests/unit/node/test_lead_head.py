@@ -48,6 +48,9 @@ async def test_weights_and_logits_are_charged_until_they_are_given_up(checkpoint
     assert ledger.used_by("weights") - weights == sum(held.values()) == HEAD_BYTES
     assert ledger.used_by("activations") - activations == logits_bytes(head.vocabulary, CPU)
     assert (await lead.get())[0] is head
+    await lead.get("bfloat16")
+    copied = 2 * VOCABULARY * WIDTH
+    assert ledger.used_by("activations") - activations == logits_bytes(head.vocabulary, CPU) + copied
     lead.rest()
     assert ledger.used_by("weights") - weights == HEAD_BYTES
     assert ledger.used_by("activations") == activations
