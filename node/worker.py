@@ -29,7 +29,7 @@ from node.memory import Ledger
 from node.scoring import Scorer
 from node.serving import NodeModel
 from node.stage_session import StageSession
-from swarm.compute import Compute, Priority
+from swarm.compute import Compute
 from swarm.data.sources import Samples, open_samples
 from swarm.errors import SessionError, SwarmError
 from swarm.ids import Span
