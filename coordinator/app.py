@@ -17,6 +17,7 @@ import structlog
 from coordinator.background import Background
 from coordinator.blobs import BlobBounds, Blobs
 from coordinator.blobstore import canonical, check_place, note_place, open_store
+from coordinator.collector import Collector
 from coordinator.disk import Disk, Halt
 from coordinator.driver import Shared
 from coordinator.jobs import Jobs
@@ -39,7 +40,9 @@ class Coordinator:
         self._shared = shared
         self._halt = halt
         self._tripped = tripped
-        self._background = Background(shared.clock, shared.settings.retry_s, shared.assignments.notify)
+        self._background = Background(
+            shared.clock, shared.settings.retry_s, shared.assignments.notify, shared.collector.collect
+        )
 
     @classmethod
     async def open(
@@ -64,6 +67,7 @@ class Coordinator:
             shared = Shared(
                 storage=storage,
                 blobs=blobs,
+                collector=Collector(storage, blobs, settings, clock),
                 signer=identity,
                 clock=clock,
                 settings=settings,
@@ -84,6 +88,7 @@ class Coordinator:
             await asyncio.to_thread(storage.close)
             raise
         coordinator._watch_nodes()
+        shared.collector.start()
         return coordinator
 
     async def halted(self) -> None:
@@ -95,6 +100,7 @@ class Coordinator:
         """Stop the network side first: calls that come later fail."""
         await self._background.stop()
         await self.jobs.stop()
+        await self._shared.collector.stop()
         await asyncio.to_thread(self._shared.storage.close)
 
     def _watch_nodes(self) -> None:

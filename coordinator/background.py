@@ -2,7 +2,7 @@
 
 In: coroutines. Out: their effects, `trouble` in words while a step keeps failing, and on `stop`
 an orderly end: the step under way is finished, nothing new begins. Never swallows an error: each
-is logged and shown.
+is logged and shown. A step that meets a full disk has room made before it is tried again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from typing import Any, TypeVar
 import structlog
 
 from coordinator.ports import Clock
-from swarm.errors import SwarmError
+from swarm.errors import DiskFull, SwarmError
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
 
 class Background:
-    """`changed` is called whenever `trouble` changes."""
+    """`changed` is called whenever `trouble` changes, `make_room` before a step that met a full disk is tried again."""
 
-    def __init__(self, clock: Clock, retry_s: float, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        retry_s: float,
+        changed: Callable[[], None],
+        make_room: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._clock = clock
         self._retry_s = retry_s
         self._changed = changed
+        self._make_room = make_room
         self._steps: set[asyncio.Task[Any]] = set()
         self._pauses: set[asyncio.Task[None]] = set()
         self._alarm: tuple[float, asyncio.Task[None]] | None = None
@@ -64,13 +71,16 @@ class Background:
             await asyncio.wait(running)
 
     async def _until_done(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
-        failed = ""
+        failed, full = "", False
         while not self._stop.is_set():
             try:
+                if full and self._make_room is not None:
+                    await self._make_room()
                 await step()
             except Exception as error:  # whatever it is: the job must not stand still unexplained
                 if self._stop.is_set():
                     return
+                full = isinstance(error, DiskFull)
                 failed = f"{what} failed and is tried again: {error}"
                 log.error("step_failed", step=what, error=str(error), exc_info=not isinstance(error, SwarmError))
                 self._set_trouble(failed)

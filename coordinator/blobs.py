@@ -90,6 +90,8 @@ class Blobs:
             raise FrameTooLarge(f"a blob of {size} bytes is over the cap of {self._bounds.max_blob_bytes}")
         if offset + len(data) > size:
             raise ProtocolError(f"a piece ends at byte {offset + len(data)} of a blob of {size}")
+        if data and not offset and self._too_many_uploads():
+            self._drop_stale_uploads()
         with self._locked(name), _disk("store an upload"):
             partial = self._partial / name
             if self._store.size(name) == size:
@@ -146,31 +148,42 @@ class Blobs:
     def collect(self, referenced: Collection[bytes]) -> int:
         """Remove what is neither referenced nor recently used; returns how many files."""
         kept = {sha256.hex() for sha256 in referenced}
-        removed = 0
         with _disk("list the blobs"):
-            candidates = [*((self._store.remove, name) for name in self._store.names())]
-            candidates += [(self._drop_upload, name) for name in os.listdir(self._partial)]
-        for remove, name in candidates:
-            with self._locks[_stripe(name)], _disk(f"remove blob {name[:12]}"):
-                # Under its lock: whoever is about to refer to a blob has used it just now.
-                idle_s = self._now() - self._used.setdefault(name, self._now())
-                if name not in kept and idle_s >= self._bounds.grace_s:
-                    remove(name)
-                    self._used.pop(name, None)
-                    self._checked.pop(name, None)
-                    removed += 1
-        return removed
+            names = self._store.names()
+        removed = sum(self._remove_unused(name, self._store.remove) for name in names if name not in kept)
+        return removed + self._drop_stale_uploads()
+
+    def _drop_stale_uploads(self) -> int:
+        """No row refers to an upload: its time alone decides. Call without a lock held."""
+        with _disk("list the uploads"):
+            names = os.listdir(self._partial)
+        return sum(self._remove_unused(name, self._drop_upload) for name in names)
+
+    def _remove_unused(self, name: str, remove: Callable[[str], None]) -> bool:
+        with self._locks[_stripe(name)], _disk(f"remove blob {name[:12]}"):
+            # Under its lock: whoever is about to refer to a blob has used it just now.
+            idle_s = self._now() - self._used.setdefault(name, self._now())
+            if idle_s < self._bounds.grace_s:
+                return False
+            remove(name)
+            self._used.pop(name, None)
+            self._checked.pop(name, None)
+            return True
 
     def _remove_damaged(self, name: str) -> None:
         self._store.remove(name)
         raise CorruptData(f"blob {name[:12]} does not have the hash it is named by")
+
+    def _too_many_uploads(self) -> bool:
+        with _disk("list the uploads"):
+            return len(os.listdir(self._partial)) >= self._bounds.max_partials
 
     def _drop_upload(self, name: str) -> None:
         (self._partial / name).unlink(missing_ok=True)
 
     def _append(self, partial: Path, committed: int | None, data: bytes) -> int:
         """Make the piece durable; returns the new committed offset. None: the upload begins."""
-        if committed is None and len(os.listdir(self._partial)) >= self._bounds.max_partials:
+        if committed is None and self._too_many_uploads():
             raise StorageError("too many uploads are unfinished", "wait until some are complete")
         with open(partial, "ab", buffering=0) as file:
             try:

@@ -20,6 +20,7 @@ import structlog
 from coordinator import joblog
 from coordinator.background import Background
 from coordinator.blobs import Blobs
+from coordinator.collector import Collector
 from coordinator.leases import Book, Lease
 from coordinator.ledger import JobLedger
 from coordinator.placement import PipelinePlan, Placement
@@ -79,6 +80,7 @@ class Shared:
 
     storage: Storage
     blobs: Blobs
+    collector: Collector
     signer: Signer
     clock: Clock
     settings: CoordinatorSettings
@@ -97,8 +99,6 @@ class Neighbours(Protocol):
     def nodes_freed(self, job_id: str) -> None: ...
 
     def doubt(self, peer: str) -> None: ...
-
-    async def collect(self) -> None: ...
 
 
 class JobDriver:
@@ -132,7 +132,7 @@ class JobDriver:
         self._told: set[tuple[int, int, str, Answer]] = set()
         """Refusals of the open round's members that are in the log."""
         self._lock = asyncio.Lock()
-        self._background = Background(shared.clock, shared.settings.retry_s, self._notify)
+        self._background = Background(shared.clock, shared.settings.retry_s, self._notify, shared.collector.collect)
         self._forming = False
         self._doubtful = False
 
@@ -319,7 +319,7 @@ class JobDriver:
     def _publish(self, state: RoundsState, effects: tuple[Effect, ...]) -> None:
         """Make a durable state the visible one, then act on it."""
         freed = self._state.busy_peers() - state.busy_peers()
-        ended = state.job is JobState.FINISHED and state.phase is Phase.OPEN
+        ended = state.job is JobState.FINISHED and self._state.job is not JobState.FINISHED
         if state.round != self._state.round:
             self._told.clear()
         self._state = state
@@ -345,7 +345,8 @@ class JobDriver:
         if freed:
             self._neighbours.nodes_freed(self.job.job_id)
         if ended:
-            self._background.insist("making room", self._neighbours.collect)
+            # Of what only a job under way needs, such as its data set.
+            self._background.insist("making room", self._shared.collector.collect)
 
     def _take_settings(self, spec_json: str) -> None:
         self.job = replace(self.job, spec_json=spec_json)
@@ -393,7 +394,7 @@ class JobDriver:
         self.published[round] = outcome
         await self._apply(CommitNow(round, self._now()))
         self._forget_old(round)
-        await self._neighbours.collect()
+        await self._shared.collector.collect()
 
     def _forget_old(self, round: int) -> None:
         best = self._state.best

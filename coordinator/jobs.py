@@ -264,15 +264,3 @@ class Jobs:
                     await asyncio.to_thread(driver.results.remake, self._shared.storage, round)
                     return True
         return False
-
-    async def collect(self) -> None:
-        """Remove unreferenced blobs. A disk that refuses loses nothing but room, and is logged."""
-        shared = self._shared
-        try:
-            referenced = await asyncio.to_thread(shared.storage.referenced_blobs, shared.settings.kept_rounds)
-            removed = await asyncio.to_thread(shared.blobs.collect, referenced)
-        except StorageError as error:
-            log.warning("collect_failed", error=str(error))
-            return
-        if removed:
-            log.info("blobs_removed", files=removed)
