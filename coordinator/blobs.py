@@ -4,8 +4,8 @@ A blob is named by its SHA-256 and nothing else, so no name from outside becomes
 written whole or not at all, to wherever complete blobs lie (`coordinator.blobstore`). Uploads under way always
 lie on the local disk: an upload's committed offset is what is durably in its partial file. Every method
 blocks (call it from a thread) and is safe to call from several; errors of the disk are StorageError, those of a
-store elsewhere BlobStoreAway, content that does not match its hash is CorruptData and is removed. After a failed
-fsync nothing is written any more (`coordinator.disk`).
+store elsewhere BlobStoreAway, content that does not match its hash is CorruptData: it is as good as absent from then
+on, until it is written again in its place. After a failed fsync nothing is written any more (`coordinator.disk`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from coordinator.blobstore import BlobStore, hash_file
 from coordinator.disk import Disk, file_error
-from swarm.errors import CorruptData, FrameTooLarge, ProtocolError, StorageError, SyncFailed
+from swarm.errors import BlobAbsent, CorruptData, FrameTooLarge, ProtocolError, StorageError, SyncFailed
 
 _HASH_BYTES = 32
 _STRIPES = 64
@@ -62,6 +63,8 @@ class Blobs:
         self._used: dict[str, float] = {}
         self._checked: dict[str, float] = {}
         """When a blob's content was last compared with its name."""
+        self._damaged: set[str] = set()
+        """Found to have another content than their name says."""
         with _disk("open the blob store"):
             uploads.mkdir(parents=True, exist_ok=True)
             # How long ago a file was last used is not stored: it counts as used now.
@@ -73,10 +76,10 @@ class Blobs:
         sha256 = hashlib.sha256(data).digest()
         name = self._name(sha256)
         with self._locked(name), _disk("write a blob"):
-            if self._store.size(name) != len(data):
+            if self._whole_size(name) != len(data):
                 self._disk.check()
                 self._store.put(name, data)
-                self._used[name] = self._now()
+                self._is_written(name)
         return sha256
 
     def put_piece(self, sha256: bytes, size: int, offset: int, data: bytes) -> Progress:
@@ -94,7 +97,7 @@ class Blobs:
             self._drop_stale_uploads()
         with self._locked(name), _disk("store an upload"):
             partial = self._partial / name
-            if self._store.size(name) == size:
+            if self._whole_size(name) == size:
                 return Progress(size, True)
             self._disk.check()
             committed = partial.stat().st_size if partial.exists() else None
@@ -113,35 +116,35 @@ class Blobs:
                 partial.unlink()
                 raise CorruptData(f"the upload {name[:12]} does not have the promised hash", "upload it again")
             self._store.take(name, partial)
-            self._used[name] = self._now()
+            self._is_written(name)
             return Progress(size, True)
 
     def size(self, sha256: bytes) -> int | None:
-        """Bytes of a complete blob, None if there is none. Counts as use."""
+        """Bytes of a complete blob, None if there is none or it is damaged. Counts as use."""
         name = self._name(sha256)
         with self._locked(name), _disk("look up a blob"):
-            return self._store.size(name)
+            return self._whole_size(name)
 
     def read(self, sha256: bytes) -> bytes:
-        """The whole content, checked. Raises StorageError: absent; CorruptData: damaged, now removed."""
+        """The whole content, checked. Raises BlobAbsent, CorruptData, StorageError."""
         name = self._name(sha256)
-        with self._locked(name), _disk(f"read blob {name[:12]}"):
+        with self._reading(name):
             data = self._store.read(name)
             if hashlib.sha256(data).digest() != sha256:
-                self._remove_damaged(name)
+                self._refuse_damaged(name)
             return data
 
     def read_piece(self, sha256: bytes, offset: int, length: int) -> bytes:
         """At most `length` bytes from `offset`, of a blob whose hash was right ten minutes ago at most.
 
-        The reader checks the whole. Raises StorageError: absent; CorruptData: damaged, now removed.
+        The reader checks the whole. Raises BlobAbsent, CorruptData, StorageError.
         """
         name = self._name(sha256)
-        with self._locked(name), _disk(f"read blob {name[:12]}"):
+        with self._reading(name):
             checked_s = self._checked.get(name)
             if checked_s is None or self._now() - checked_s > _CHECK_S:
                 if self._store.sha256(name) != sha256:
-                    self._remove_damaged(name)
+                    self._refuse_damaged(name)
                 self._checked[name] = self._now()
             return self._store.read_piece(name, min(offset, self._bounds.max_blob_bytes), length)
 
@@ -150,7 +153,7 @@ class Blobs:
         kept = {sha256.hex() for sha256 in referenced}
         with _disk("list the blobs"):
             names = self._store.names()
-        removed = sum(self._remove_unused(name, self._store.remove) for name in names if name not in kept)
+        removed = sum(self._remove_unused(name, self._drop_blob) for name in names if name not in kept)
         return removed + self._drop_stale_uploads()
 
     def _drop_stale_uploads(self) -> int:
@@ -170,13 +173,26 @@ class Blobs:
             self._checked.pop(name, None)
             return True
 
-    def _remove_damaged(self, name: str) -> None:
-        self._store.remove(name)
+    def _whole_size(self, name: str) -> int | None:
+        return None if name in self._damaged else self._store.size(name)
+
+    def _is_written(self, name: str) -> None:
+        self._used[name] = self._now()
+        self._checked.pop(name, None)
+        self._damaged.discard(name)
+
+    def _refuse_damaged(self, name: str) -> NoReturn:
+        # It stays until it is replaced: what was only read wrongly is whole again after a restart.
+        self._damaged.add(name)
         raise CorruptData(f"blob {name[:12]} does not have the hash it is named by")
 
     def _too_many_uploads(self) -> bool:
         with _disk("list the uploads"):
             return len(os.listdir(self._partial)) >= self._bounds.max_partials
+
+    def _drop_blob(self, name: str) -> None:
+        self._store.remove(name)
+        self._damaged.discard(name)
 
     def _drop_upload(self, name: str) -> None:
         (self._partial / name).unlink(missing_ok=True)
@@ -204,6 +220,16 @@ class Blobs:
             if name in self._used:
                 self._used[name] = self._now()
             yield
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        with self._locked(name), _disk(f"read blob {name[:12]}"):
+            if name in self._damaged:
+                self._refuse_damaged(name)
+            try:
+                yield
+            except FileNotFoundError as error:
+                raise BlobAbsent(f"there is no blob {name[:12]} here") from error
 
     @staticmethod
     def _name(sha256: bytes) -> str:

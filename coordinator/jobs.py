@@ -20,11 +20,12 @@ from coordinator.ledger import JobLedger, Stored
 from coordinator.nodes import Nodes
 from coordinator.placement import Member, Placement, Traits, form_pipelines
 from coordinator.records import JobRecord, Outcome
+from coordinator.remakes import Remakes
 from coordinator.results import JobResults
 from coordinator.round_model import JobState, RoundsState
 from coordinator.rounds import begin
 from swarm.config import JobSpec, job_from_json
-from swarm.errors import ConfigError, JobConflict, JobNotFound, ModelMismatch, StorageError
+from swarm.errors import ConfigError, CorruptData, JobConflict, JobNotFound, ModelMismatch, StorageError
 from swarm.ids import HEAD, block_of
 
 log = structlog.get_logger()
@@ -38,6 +39,7 @@ class Jobs:
         self._nodes = nodes
         self._drivers: dict[str, JobDriver] = {}
         self._submitting = asyncio.Lock()
+        self._remakes = Remakes(shared.storage, shared.blobs)
 
     async def recover(self) -> None:
         """Read every job back and go on with it. Raises ModelMismatch: they are of another base model."""
@@ -57,6 +59,7 @@ class Jobs:
     async def stop(self) -> None:
         for driver in self._drivers.values():
             await driver.stop()
+        await self._remakes.stop()
 
     def all(self) -> list[JobDriver]:
         """In the order of submission."""
@@ -182,9 +185,12 @@ class Jobs:
         if stored.state.best is not None:
             kept.add(stored.state.best.round)
         outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
-        # After a rewind, older rounds than the kept ones are known but no longer here.
+        # After a rewind, older rounds than the kept ones are known but no longer here. The newest one is what the job
+        # goes on from: a file of it that is gone is made again when it is asked for.
         published = {
-            r: o for r, o in outcomes.items() if o is not None and shared.blobs.size(o.snapshot_blob) is not None
+            round: outcome
+            for round, outcome in outcomes.items()
+            if outcome is not None and (round == committed or shared.blobs.size(outcome.snapshot_blob) is not None)
         }
         results = self._results(job, spec, shared.model.adapters.shapes(spec.method))
         return self._driver(job, spec, results, ledger, stored, published)
@@ -255,12 +261,26 @@ class Jobs:
             driver.node_lost(peer, reason)
 
     async def remake(self, blob: bytes) -> bool:
-        """Make a damaged blob of a kept round again; False: it is none. Raises StorageError, CorruptData."""
-        for driver in self._drivers.values():
-            for round, outcome in list(driver.published.items()):
-                made = (outcome.state_blob, outcome.update_blob, outcome.snapshot_blob)
-                if blob in (*made, *(file.sha256 for file in outcome.files)):
-                    log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
-                    await asyncio.to_thread(driver.results.remake, self._shared.storage, round)
-                    return True
+        """Make a blob of a kept round again that is damaged or gone; False: it is of none.
+
+        Raises CorruptData: what it was made of is damaged or gone, too; StorageError.
+        """
+        # The newest round first: older ones lack their contributions.
+        kept_in = [
+            (driver, round)
+            for driver in self._drivers.values()
+            for round in sorted(driver.published, reverse=True)
+            if blob in driver.published[round].blobs
+        ]
+        failed: CorruptData | None = None
+        for driver, round in kept_in:
+            log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
+            try:
+                await self._remakes.remake(driver.results, round, blob)
+            except CorruptData as error:
+                failed = error
+            else:
+                return True
+        if failed is not None:
+            raise failed
         return False

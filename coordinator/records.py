@@ -91,6 +91,11 @@ class Outcome:
     blocks: tuple[BlockPiece, ...]
     files: tuple[AdapterFile, ...]
 
+    @property
+    def blobs(self) -> tuple[bytes, ...]:
+        """Everything that is kept of it, by hash."""
+        return (self.state_blob, self.update_blob, self.snapshot_blob, *(file.sha256 for file in self.files))
+
 
 @dataclass(frozen=True)
 class RoundSummary:

@@ -21,7 +21,7 @@ from coordinator.owner import Owner
 from coordinator.records import NodeRecord
 from coordinator.round_model import JobState
 from coordinator.signal import wait_until
-from swarm.errors import ContributionError, CorruptData, FrameTooLarge, InputError, ResourceError, SpanError
+from swarm.errors import BlobAbsent, ContributionError, CorruptData, FrameTooLarge, InputError, ResourceError, SpanError
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import check_hello
@@ -151,13 +151,13 @@ class CoordinatorService:
         return pb.PutPieceReply(committed=progress.committed, complete=progress.complete)
 
     async def get_piece(self, caller: str, request: pb.GetPieceRequest) -> pb.GetPieceReply:
-        """At most `max_piece_bytes`. Raises ProtocolError, StorageError: no such blob; CorruptData: it is damaged."""
+        """At most `max_piece_bytes`. Raises ProtocolError, BlobAbsent, CorruptData, StorageError."""
         length = min(request.length, self._shared.settings.max_piece_bytes)
         piece = (request.sha256, request.offset, length)
         async with self._heard(caller):
             try:
                 data = await asyncio.to_thread(self._shared.blobs.read_piece, *piece)
-            except CorruptData:
+            except (BlobAbsent, CorruptData):
                 if not await self._jobs.remake(request.sha256):
                     raise
                 data = await asyncio.to_thread(self._shared.blobs.read_piece, *piece)

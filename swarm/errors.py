@@ -47,7 +47,8 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── CorruptData       SW702  content does not match its hash
     │   ├── SyncFailed        SW703  the disk did not confirm a write; the coordinator stops
     │   ├── DiskFull          SW704  no room; what failed is tried again
-    │   └── BlobStoreAway     SW705  the blob store does not answer or refuses; what failed is tried again
+    │   ├── BlobStoreAway     SW705  the blob store does not answer or refuses; what failed is tried again
+    │   └── BlobAbsent        SW706  the coordinator has no such file
     └── CodecError            SW800  compressed data
         └── FrameTooLarge     SW801  a frame beyond its cap, or a decompression bomb
 """
@@ -296,6 +297,11 @@ class BlobStoreAway(StorageError):
     default_fix = (
         "check the coordinator's network, its bucket and its credentials; nothing is lost, and work goes on by itself"
     )
+
+
+class BlobAbsent(StorageError):
+    code = "SW706"
+    default_fix = "upload it, or ask for a file of a round that is kept"
 
 
 class CodecError(SwarmError):

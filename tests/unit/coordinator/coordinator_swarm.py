@@ -12,7 +12,7 @@ from coordinator_sim import ManualClock, SimNode, identity, model_facts
 
 from coordinator.app import Coordinator
 from coordinator.driver import JobDriver
-from coordinator.ports import CoordinatorSettings
+from coordinator.ports import CoordinatorSettings, ModelFacts
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -64,10 +64,12 @@ class Swarm:
 
 
 @asynccontextmanager
-async def opened(folder: Path, clock: ManualClock | None = None, **changes: object) -> AsyncIterator[Swarm]:
+async def opened(
+    folder: Path, clock: ManualClock | None = None, model: ModelFacts | None = None, **changes: object
+) -> AsyncIterator[Swarm]:
     clock = clock or ManualClock()
     settings = replace(CoordinatorSettings(), **changes)  # type: ignore[arg-type]
-    coordinator = await Coordinator.open(folder, model_facts(), identity(), settings, clock)
+    coordinator = await Coordinator.open(folder, model or model_facts(), identity(), settings, clock)
     try:
         yield Swarm(coordinator, clock)
     finally:

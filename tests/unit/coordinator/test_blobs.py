@@ -11,7 +11,7 @@ import pytest
 from coordinator.blobs import BlobBounds, Blobs, Progress
 from coordinator.blobstore import FolderStore
 from coordinator.disk import Disk
-from swarm.errors import CorruptData, FrameTooLarge, ProtocolError, StorageError
+from swarm.errors import BlobAbsent, CorruptData, FrameTooLarge, ProtocolError, StorageError
 from swarm.ids import sha256
 
 DATA = bytes(range(256)) * 4
@@ -103,16 +103,27 @@ def test_the_empty_blob(blobs: Blobs) -> None:
     assert blobs.read(blobs.put(b"")) == b""
 
 
-def test_damage_is_found_and_removed(blobs: Blobs, tmp_path: Path) -> None:
+def test_damage_is_found_and_replaced(blobs: Blobs, tmp_path: Path) -> None:
     digest = blobs.put(DATA)
     path = tmp_path / "whole" / digest.hex()
-    path.write_bytes(b"\x01" + DATA[1:])
-    with pytest.raises(CorruptData):
-        blobs.read(digest)
-    with pytest.raises(StorageError):
-        blobs.read(digest)
-    assert blobs.put(DATA) == digest
-    assert blobs.read(digest) == DATA
+    for again in (lambda: blobs.put(DATA), lambda: blobs.put_piece(digest, len(DATA), 0, DATA)):
+        path.write_bytes(b"\x01" + DATA[1:])
+        for _ in range(2):
+            with pytest.raises(CorruptData):
+                blobs.read(digest)
+        with pytest.raises(CorruptData):
+            blobs.read_piece(digest, 0, 1)
+        assert blobs.size(digest) is None, "as good as absent"
+        assert path.exists(), "nothing is removed before there is something better"
+        again()
+        assert blobs.read(digest) == DATA
+        assert blobs.read_piece(digest, 0, 1) == DATA[:1]
+
+
+def test_what_is_absent_is_told_apart(blobs: Blobs) -> None:
+    for ask in (blobs.read, lambda digest: blobs.read_piece(digest, 0, 1)):
+        with pytest.raises(BlobAbsent):
+            ask(sha256(b"never put"))
 
 
 def test_only_old_and_unreferenced_files_are_collected(blobs: Blobs, clock: Clock) -> None:

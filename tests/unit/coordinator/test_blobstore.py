@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from coordinator.blobs import BlobBounds, Blobs, Progress
 from coordinator.blobstore import FolderStore, ObjectStore, canonical, check_place, check_url, note_place, open_store
 from coordinator.disk import Disk
-from swarm.errors import CorruptData, DataDirLocked, InputError, StorageError
+from swarm.errors import BlobAbsent, CorruptData, DataDirLocked, InputError, StorageError
 from swarm.ids import sha256
 
 DATA = bytes(range(256)) * 4
@@ -79,9 +79,9 @@ def test_pieces_become_an_object(blobs: Blobs) -> None:
     assert blobs.read(blobs.put(b"")) == b""
 
 
-def test_what_is_absent_is_a_storage_error(blobs: Blobs) -> None:
+def test_what_is_absent_is_told_apart(blobs: Blobs) -> None:
     for ask in (blobs.read, lambda digest: blobs.read_piece(digest, 0, 1)):
-        with pytest.raises(StorageError):
+        with pytest.raises(BlobAbsent):
             ask(sha256(b"never put"))
 
 
@@ -93,7 +93,7 @@ def test_only_old_and_unreferenced_objects_are_collected(blobs: Blobs) -> None:
     assert (blobs.size(kept), blobs.size(old)) == (4, None)
 
 
-def test_a_damaged_object_is_found_and_removed(tmp_path: Path) -> None:
+def test_a_damaged_object_is_found_and_replaced(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path, open_store("memory://bucket", tmp_path, "me", DISK), BOUNDS, lambda: 0.0, DISK)
     digest = blobs.put(DATA)
     MemoryFileSystem().pipe_file(f"/bucket/{digest.hex()}", b"\x01" + DATA[1:])
