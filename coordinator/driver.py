@@ -145,8 +145,13 @@ class JobDriver:
 
     @property
     def reason(self) -> str:
-        """Why the job waits, is paused, or has trouble; empty if all goes well."""
-        return self._background.trouble or self._state.reason
+        """Why the job waits, is paused, has ended early or has trouble; empty if all goes well."""
+        said = self._background.trouble or self._state.reason
+        best = self._best_round
+        if best is None or best in self.published:
+            return said
+        gone = f"the files of round {best}, the best, are gone: its adapter is that of round {self.committed_round}"
+        return f"{said}; {gone}" if said else gone
 
     @property
     def committed_round(self) -> int:
@@ -243,9 +248,15 @@ class JobDriver:
 
     @property
     def adapter_round(self) -> int:
-        """Whose adapter the job is known by: with early stopping the best round's, else the newest."""
+        """Whose adapter the job is known by: with early stopping the best round's while it is here, else the newest."""
+        best = self._best_round
+        return best if best is not None and best in self.published else self.committed_round
+
+    @property
+    def _best_round(self) -> int | None:
+        """The round that early stopping goes by; its files may be gone after a rewind by an earlier release."""
         best = self._state.best
-        return best.round if self.spec.early_stopping is not None and best is not None else self.committed_round
+        return best.round if self.spec.early_stopping is not None and best is not None else None
 
     def outcome_of(self, round: int) -> Outcome:
         """What is kept of a committed round. Raises JobConflict."""
@@ -341,6 +352,7 @@ class JobDriver:
                         del self.published[discarded]
                 case _:
                     pass
+        self._forget_old()
         self._notify()
         if freed:
             self._neighbours.nodes_freed(self.job.job_id)
@@ -393,12 +405,12 @@ class JobDriver:
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
         await self._apply(CommitNow(round, self._now()))
-        self._forget_old(round)
         await self._shared.collector.collect()
 
-    def _forget_old(self, round: int) -> None:
+    def _forget_old(self) -> None:
+        """What no row refers to any more: a round that is out of date, or was the best one until now."""
         best = self._state.best
-        old = [kept for kept in self.published if kept <= round - self._shared.settings.kept_rounds]
+        old = [kept for kept in self.published if kept <= self.committed_round - self._shared.settings.kept_rounds]
         for number in old:
             if best is None or number != best.round:
                 del self.published[number]

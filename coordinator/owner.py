@@ -58,7 +58,9 @@ class Owner:
         generations = await asyncio.to_thread(storage.generations_after, job_id, round)
         recent_s = await asyncio.to_thread(storage.recent_times, job_id, round)
         scores = await asyncio.to_thread(storage.scores, job_id, round)
-        best = best_of(scores, state.rules.min_delta)
+        # Of a better one that is no longer kept there is no adapter to end with.
+        kept = driver.kept_rounds
+        best = best_of((score for score in scores if score[0] in kept), state.rules.min_delta)
         await driver.decide(Rewind(round, generations, recent_s, best))
 
     async def change(self, values: Mapping[str, str]) -> None:

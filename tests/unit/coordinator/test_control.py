@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
 from coordinator_sim import DATASET, MODEL_HASH, SimNode, download, identity, job_spec, submit, upload
 from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
-from coordinator.round_model import JobState
+from coordinator.round_model import Best, JobState
+from coordinator.storage import Storage
 from swarm.errors import ConfigError, ContributionError, JobConflict, NotJobOwner, StorageError
 from swarm.ids import sha256
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -305,6 +306,79 @@ async def test_a_job_that_gets_no_better_ends_with_its_best_round(tmp_path: Path
         ]
     async with opened(tmp_path, kept_rounds=1) as swarm:
         assert (swarm.driver.kept_rounds, swarm.driver.adapter_round) == ([2, 4], 2)
+
+
+async def _scored(swarm: Swarm, losses: Mapping[int, float]) -> None:
+    """Train and score the rounds that are given."""
+    for number, loss in losses.items():
+        await swarm.until(lambda number=number: swarm.driver.state.round == number)
+        await swarm.round("a", "b")
+        await swarm.until(lambda: swarm.driver.state.scorer is not None)
+        part = await swarm.nodes["a"].assigned()
+        swarm.clock.advance(2)
+        request = pb.ReportScoreRequest(
+            job_id=part.job_id,
+            round=part.round,
+            generation=part.generation,
+            pipeline_id=part.pipeline_id,
+            loss=loss,
+            tokens=11,
+        )
+        await swarm.service.report_score(swarm.nodes["a"].peer, request)
+
+
+async def test_a_rewound_job_has_its_best_round_among_those_that_are_kept(tmp_path: Path) -> None:
+    spec = SCORED | {"early_stopping": {"patience": 3}}
+    async with opened(tmp_path, kept_rounds=3, blob_grace_s=1.0) as swarm:
+        await swarm.join(*ONE_PIPELINE)
+        await submit(swarm.service, "me", job_spec(**spec))
+        await _scored(swarm, {1: 2.0, 2: 1.0, 3: 3.0, 4: 2.5, 5: 0.5, 6: 3.0})
+        await swarm.until(lambda: swarm.driver.state.round == 7)
+        paused = await swarm.service.pause_job("me", POEMS)
+        assert (paused.best_round, paused.kept_rounds) == (5, [4, 5, 6])
+        rewound = await swarm.service.resume_job("me", _resume(4))
+        assert (rewound.best_round, rewound.best_loss, rewound.adapter_round) == (4, 2.5, 4)
+        await _scored(swarm, {5: 3.0, 6: 3.0, 7: 3.0})
+        await swarm.until(lambda: swarm.driver.state.job is JobState.FINISHED)
+        status = await swarm.service.get_job("me", POEMS)
+        assert (status.adapter_round, status.reason) == (
+            4,
+            "stopped early: 3 evaluations in a row were no better than that of round 4 (held-out loss 2.5000)",
+        )
+        for file in status.adapter:
+            await download(swarm.service, "me", file.sha256, file.size)
+        assert len(status.adapter) == 2
+
+
+async def test_what_was_the_best_round_is_not_kept_for_it(tmp_path: Path) -> None:
+    """Nothing refers to it any more from the moment a later one is better."""
+    async with opened(tmp_path, kept_rounds=1) as swarm:
+        await swarm.join(*ONE_PIPELINE)
+        await submit(swarm.service, "me", job_spec(**SCORED))
+        await _scored(swarm, {1: 1.0, 2: 3.0})
+        await swarm.until(lambda: swarm.driver.state.round == 3)
+        assert swarm.driver.kept_rounds == [1, 2]
+        await _scored(swarm, {3: 0.5})
+        assert swarm.driver.kept_rounds == [3]
+
+
+async def test_a_job_whose_best_round_is_gone_has_the_newest_adapter(tmp_path: Path) -> None:
+    """As a rewind by an earlier release could leave it."""
+    async with opened(tmp_path, kept_rounds=1, blob_grace_s=1.0) as swarm:
+        await swarm.join(*ONE_PIPELINE)
+        job_id = (await submit(swarm.service, "me", job_spec(**SCORED))).job_id
+        await _scored(swarm, {1: 3.0, 2: 2.0, 3: 1.0, 4: 3.0, 5: 3.0})
+        await swarm.until(lambda: swarm.driver.state.job is JobState.FINISHED)
+    storage = Storage(tmp_path, lambda name: None)
+    with storage.transaction("an earlier release's rewind"):
+        storage.set_best(job_id, Best(2, 2.0, 2))
+    storage.close()
+    async with opened(tmp_path, kept_rounds=1) as swarm:
+        (lead, _) = await swarm.join(*ONE_PIPELINE)
+        status = await swarm.service.get_job("me", POEMS)
+        assert (status.adapter_round, len(status.adapter)) == (5, 2)
+        assert "the files of round 2, the best, are gone: its adapter is that of round 5" in status.reason
+        assert [adapter.round for adapter in (await lead.poll()).adapters] == [5]
 
 
 async def test_a_held_out_file_comes_with_eval(swarm: Swarm) -> None:
