@@ -8,6 +8,10 @@ same bytes, so that a crash can repeat it.
 Averaging: per coordinate, the weighted sum over the pipelines divided by max(weight of those that
 sent it, K/4), K being the accepted pipelines (measured best, DESIGN.md); a dense uplink is averaged
 plainly. Weights have the mean 1, so that equal ones are the plain rule, to the bit.
+
+Total: whatever was accepted, a round ends with finite numbers. One that could not be computed would never be
+left, since it is computed again until it is. So what a member sends is bounded, and update, momentum and residual
+saturate; parameters do not need to, since nodes add the same bounded updates to theirs.
 """
 
 from __future__ import annotations
@@ -22,12 +26,17 @@ from safetensors.numpy import load, save
 
 from swarm.compress import FrameContext, compress_with_feedback
 from swarm.config import CodecSettings, JobSpec
-from swarm.errors import CorruptData
+from swarm.errors import ContributionError, CorruptData
 from swarm.optim.outer import outer_step
 from swarm.optim.params import block_hash, by_block, pack_block, params_hash
 
 F32 = NDArray[np.float32]
 _PARTS = ("params", "momentum", "residual")
+MOST_SENT = 1e6
+"""A pseudo-gradient of adapters with a value beyond this is no training result, whatever the job."""
+_SATURATION = np.float32(2.0**80)
+"""Far beyond what means of values up to MOST_SENT lead to; a million rounds of such updates are far below the end of
+float32."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,16 @@ class RoundResult:
     params_hash: bytes
 
 
+def refuse_huge(contribution: Mapping[str, F32]) -> None:
+    """Raises ContributionError, naming the key: a finite value that is no training result."""
+    for key, value in contribution.items():
+        largest = max(float(value.max()), -float(value.min()))
+        if largest > MOST_SENT:
+            raise ContributionError(
+                f"'{key}' holds a value of magnitude {largest:.3g}; more than {MOST_SENT:g} is refused"
+            )
+
+
 def pipeline_weights(tokens: Mapping[int, int]) -> dict[int, float]:
     """Weights of the mean 1 that follow the labelled tokens of each pipeline, by its id.
 
@@ -125,7 +144,10 @@ def outer_round(state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_i
 
     A block without any mean keeps parameters, momentum and residual, and gets no frame.
     """
-    step = outer_step(mean, state.momentum, spec.outer)
+    with np.errstate(over="ignore"):  # what overflows saturates
+        step = outer_step(mean, state.momentum, spec.outer)
+    for stepped in (step.update, step.momentum):
+        stepped.update({key: _saturated(stepped[key]) for key in mean if key in stepped})
     params = dict(state.params)
     residual = dict(state.residual)
     blocks: list[BlockResult] = []
@@ -145,7 +167,7 @@ def outer_round(state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_i
             frame = compressed.frame
             for key in keys:
                 params[key] = params[key] + compressed.decoded[key]
-                residual[key] = compressed.residual[key]
+                residual[key] = _saturated(compressed.residual[key])
         of_block = {key: params[key] for key in keys}
         blocks.append(BlockResult(block, frame, block_hash(of_block), pack_block(of_block)))
     return RoundResult(
@@ -153,6 +175,11 @@ def outer_round(state: OuterState, mean: Mapping[str, F32], spec: JobSpec, job_i
         tuple(blocks),
         params_hash({result.block: result.params_hash for result in blocks}),
     )
+
+
+def _saturated(value: F32) -> F32:
+    """The same bits unless they are huge."""
+    return np.clip(value, -_SATURATION, _SATURATION)
 
 
 def initial_round(params: Mapping[str, F32]) -> RoundResult:

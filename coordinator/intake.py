@@ -19,7 +19,7 @@ from coordinator.round_events import Contribution
 from coordinator.round_model import Pipeline
 from coordinator.rounds import refusal
 from swarm.compress import FrameContext, max_frame_bytes
-from swarm.errors import CodecError, CorruptData
+from swarm.errors import CodecError, ContributionError, CorruptData
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 _HASH_BYTES = 32
@@ -103,11 +103,11 @@ class Intake:
         context = FrameContext(driver.job.job_id, request.round, start.params_hash)
         async with self._decoding:
             try:
-                # A frame with values that are not finite does not decode.
+                # A frame with values that are not finite, or huge, does not decode.
                 await asyncio.to_thread(
                     driver.results.decode, request.payload_sha256, pipeline.members, caller, context
                 )
-            except (CodecError, CorruptData) as error:
+            except (CodecError, ContributionError, CorruptData) as error:
                 return error.cause
         return None
 

@@ -13,7 +13,15 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round, pipeline_weights
+from coordinator.aggregate import (
+    OuterState,
+    RoundResult,
+    average,
+    initial_round,
+    outer_round,
+    pipeline_weights,
+    refuse_huge,
+)
 from coordinator.blobs import Blobs
 from coordinator.placement import Member
 from coordinator.ports import ModelFacts
@@ -68,8 +76,10 @@ class JobResults:
     def decode(
         self, payload: bytes, members: tuple[Member, ...], peer: str, context: FrameContext
     ) -> dict[str, NDArray[np.float32]]:
-        """A member's contribution. Raises StorageError, CodecError."""
-        return decode(self._blobs.read(payload), shapes_of_member(self.shapes, members, peer), context)
+        """A member's contribution. Raises StorageError, CodecError, ContributionError."""
+        sent = decode(self._blobs.read(payload), shapes_of_member(self.shapes, members, peer), context)
+        refuse_huge(sent)
+        return sent
 
     def _compute(self, storage: Storage, round: int, state: OuterState) -> RoundResult:
         before = storage.outcome(self.job_id, round - 1)

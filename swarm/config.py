@@ -128,7 +128,7 @@ class OuterSettings(Settings):
     The paper's 0.7/0.9 is wrong for adapters under error feedback; 1.0/0.5 was measured best.
     """
 
-    lr: Annotated[float, Field(gt=0)] = 1.0
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     nesterov: bool = True
     weights: Literal["tokens", "equal"] = "tokens"

@@ -45,6 +45,7 @@ def test_the_documented_example_is_valid(tmp_path: Path) -> None:
         ("name: a\ndata: {train: x}\nschedule: {inner_steps: many}", "schedule.inner_steps"),
         ("name: a\ndata: {train: x}\ninner: {lr: .nan}", "inner.lr"),
         ("name: a\ndata: {train: x}\nmethod: {kind: dance}", "method.kind"),
+        ("name: a\ndata: {train: x}\nouter: {lr: 1.0e7}", "outer.lr"),
         ("name: a\ndata: {train: x}\nuplink: {bits: 9}", "uplink.bits"),
         ("name: a\ndata: {train: x}\nactivations: int3", "activations"),
         ("name: a\ndata: {train: x}\nprecision: float16", "precision"),

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from coordinator_sim import TinyAdapters, job_spec
 
-from coordinator.aggregate import OuterState, RoundResult, average, initial_round, outer_round, pipeline_weights
+from coordinator.aggregate import (
+    MOST_SENT,
+    OuterState,
+    RoundResult,
+    average,
+    initial_round,
+    outer_round,
+    pipeline_weights,
+    refuse_huge,
+)
 from swarm.compress import FrameContext, decode
 from swarm.config import CodecSettings, JobSpec, LoraMethod, job_from_json
 from swarm.errors import CorruptData
@@ -141,6 +150,20 @@ def test_a_block_nobody_sent_keeps_everything() -> None:
         for key in by_block(first.state.params)["2"]:
             np.testing.assert_array_equal(getattr(second.state, part)[key], getattr(first.state, part)[key])
     assert second.blocks[1].params_hash != first.blocks[1].params_hash
+
+
+@pytest.mark.parametrize("downlink", [{"kind": "dense"}, {"density": 0.25, "bits": 1}, {"allocation": "energy"}])
+@pytest.mark.parametrize("lr", [1.0, 1e6])
+def test_the_largest_that_is_accepted_never_keeps_a_round_from_ending(downlink: dict[str, object], lr: float) -> None:
+    spec = _spec(outer={"lr": lr, "momentum": 1 - 1e-12}, downlink=downlink | {"chunk": 64})
+    far = {key: np.full_like(value, 3e38) for key, value in _initial().state.params.items()}
+    mean = {key: np.full_like(value, -MOST_SENT) for key, value in far.items()}
+    refuse_huge(mean)
+    for state in (_initial().state, OuterState(_initial().state.params, far, far)):
+        for number in range(1, 40):
+            state = outer_round(state, mean, spec, "job", number).state
+            for part in (state.params, state.momentum, state.residual):
+                assert all(np.isfinite(value).all() for value in part.values()), number
 
 
 def test_a_foreign_file_is_not_an_outer_state() -> None:

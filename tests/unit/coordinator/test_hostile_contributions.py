@@ -158,6 +158,16 @@ def with_value(value: float) -> Callable[[F32], bytes]:
     return change
 
 
+def coarse(value: float) -> Callable[[Honest], bytes]:
+    """A frame with a codec of its sender's choice: a bit a value."""
+
+    def make(honest: Honest) -> bytes:
+        delta = {key: np.full_like(part, value) for key, part in honest.node.delta(honest.part).items()}
+        return encode(delta, CodecSettings(bits=1, density=1.0), context(honest))
+
+    return make
+
+
 def truncated(honest: Honest) -> bytes:
     return honest.node.frame(honest.part)[:-5]
 
@@ -184,12 +194,16 @@ def not_a_frame(honest: Honest) -> bytes:
         (dense_body(lambda values: values.astype(np.float64).tobytes()), "bytes of values, expected are"),
         (dense_body(with_value(float("nan"))), "1 values that are not finite"),
         (dense_body(with_value(float("-inf"))), "1 values that are not finite"),
+        (dense_body(with_value(3e38)), "'0/q.lora_A' holds a value of magnitude 3e+38; more than 1e+06 is refused"),
+        (dense_body(with_value(-1.01e6)), "'0/q.lora_A' holds a value of magnitude 1.01e+06"),
+        (coarse(3e38), "holds a value of magnitude"),
         (truncated, "does not match its checksum"),
         (doubled, "does not match its checksum"),
         (not_a_frame, "not a codec frame"),
     ],
     ids=[
         *("job", "round", "base", "transposed", "flat", "less", "more", "float16", "float64", "nan", "inf"),
+        *("huge", "large", "coarse"),
         *("truncated", "doubled", "pickle"),
     ],
 )
