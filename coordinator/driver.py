@@ -129,6 +129,8 @@ class JobDriver:
         self._book = book
         self._shared = shared
         self._neighbours = neighbours
+        self._polled: object = None
+        """What polls said of the job when they were last woken for it."""
         self._told: set[tuple[int, int, str, Answer]] = set()
         """Refusals of the open round's members that are in the log."""
         self._lock = asyncio.Lock()
@@ -164,10 +166,7 @@ class JobDriver:
 
     def assignment_of(self, peer: str) -> Pipeline | None:
         """The pipeline that a node belongs to in the current round."""
-        if self._state.job is not JobState.RUNNING:
-            return None
-        counting = self._state.with_standing(*_COUNTING)
-        return next((pipeline for pipeline in counting if pipeline.has(peer)), None)
+        return self._state.part_of.get(peer) if self._state.job is JobState.RUNNING else None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -366,7 +365,22 @@ class JobDriver:
 
     def _notify(self) -> None:
         self.changed.notify()
-        self._shared.assignments.notify()
+        said = self._said_by_polls()
+        if said != self._polled:
+            # Most steps change nothing in a poll, such as a held contribution: every node would be woken for each.
+            self._polled = said
+            self._shared.assignments.notify()
+
+    def _said_by_polls(self) -> object:
+        """All that `views.assignment`, `views.idle_reason` and `views.finished_adapter` take from a job and that
+        changes. A pipeline's members are fixed by its id within a round and lineage."""
+        state = self._state
+        counting = tuple(pipeline.pipeline_id for pipeline in state.with_standing(*_COUNTING))
+        finished_round = self.adapter_round if state.job is JobState.FINISHED else None
+        return (
+            *(state.job, state.round, state.lineage, counting, state.wrapping, state.scorer),
+            *(self.reason, self.job.spec_json, self.spare, finished_round),
+        )
 
     def _now(self) -> float:
         return self._shared.clock.monotonic()

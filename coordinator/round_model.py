@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
 from coordinator.placement import Member
 
@@ -192,10 +194,15 @@ class RoundsState:
         first = max((p.generation for p in self.pipelines if not p.repair), default=0)
         return tuple(p for p in self.pipelines if p.generation >= first)
 
+    @cached_property
+    def part_of(self) -> Mapping[str, Pipeline]:
+        """By peer: the pipeline of the open round, of those that may still count, or would, that it is a member of."""
+        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        return {member.peer: pipeline for pipeline in counting for member in pipeline.members}
+
     def counting_peers(self) -> frozenset[str]:
         """Members of the open round's pipelines that may still count, or would."""
-        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
-        return frozenset(member.peer for pipeline in counting for member in pipeline.members)
+        return frozenset(self.part_of)
 
     def busy_peers(self) -> frozenset[str]:
         """Nodes this job occupies: those of its pipelines that may still count."""

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import islice
 
 from coordinator import views
 from coordinator.driver import JobDriver, Shared
@@ -46,6 +47,7 @@ class CoordinatorService:
         self._nodes = nodes
         self._jobs = jobs
         self._intake = Intake(shared.blobs, shared.settings, shared.clock)
+        self._adapters: tuple[asyncio.Event, pb.PollReply] | None = None
 
     # --- volunteers ---------------------------------------------------------------------------
 
@@ -56,7 +58,8 @@ class CoordinatorService:
         known = self._nodes.get(caller)
         if known is None and len(self._nodes) >= self._shared.settings.max_nodes:
             raise ResourceError(f"{len(self._nodes)} nodes are registered here already", "try again later")
-        if known is None or known.record != record:
+        new = known is None or known.record != record
+        if new:
             await asyncio.to_thread(self._store_node, record)
         self._nodes.register(record, self._now())
         driver = self._jobs.assigned(caller)
@@ -65,7 +68,9 @@ class CoordinatorService:
             member = next(m for m in pipeline.members if m.peer == caller)
             if not record.span.covers(member.span):
                 driver.node_lost(caller, f"{caller} came back with blocks {record.span}")
-        self._shared.assignments.notify()
+        if new:
+            # Polls say who is registered, and where the nodes of a pipeline are reached.
+            self._shared.assignments.notify()
         self._jobs.nodes_changed()
         return pb.RegisterReply(
             poll_every_s=self._shared.settings.poll_every_s, coordinator_id=self._shared.signer.peer_id
@@ -246,12 +251,20 @@ class CoordinatorService:
             reply.wrap_up = part.index == 0 and driver is not None and driver.state.wrapping
         else:
             reply.reason = views.idle_reason(drivers, caller)
-        adapters = [views.finished_adapter(driver) for driver in drivers]
-        reply.adapters.extend([adapter for adapter in adapters if adapter is not None][-_MAX_ADAPTERS:])
+        reply.MergeFrom(self._finished_adapters())
         digest = hashlib.sha256(reply.SerializeToString(deterministic=True)).digest()
         # Never 0: that is what a node that has seen nothing sends.
         reply.version = int.from_bytes(digest[:8], "little") or 1
         return reply
+
+    def _finished_adapters(self) -> pb.PollReply:
+        """The part of a poll's reply that is the same for all: made once after each notification."""
+        ticket = self._shared.assignments.ticket()
+        if self._adapters is None or self._adapters[0] is not ticket:
+            found = (views.finished_adapter(driver) for driver in reversed(self._jobs.all()))
+            newest = list(islice((adapter for adapter in found if adapter is not None), _MAX_ADAPTERS))
+            self._adapters = ticket, pb.PollReply(adapters=reversed(newest))
+        return self._adapters[1]
 
     async def _round_reply(self, driver: JobDriver, caller: str, round: int) -> pb.RoundReply:
         committed = round <= driver.committed_round

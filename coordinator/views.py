@@ -16,6 +16,7 @@ from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 _BF16_BYTES = 2
+_MOST_REASONS = 3
 
 
 def assignment(driver: JobDriver, peer: str, nodes: Nodes) -> pb.Assignment | None:
@@ -56,8 +57,10 @@ def sample_ranges(lease: Lease) -> list[pb.SampleRange]:
 
 def idle_reason(drivers: Sequence[JobDriver], peer: str) -> str:
     """Why a node has no assignment."""
-    reasons = []
+    reasons: list[str] = []
     for driver in drivers:
+        if len(reasons) == _MOST_REASONS:
+            break
         state = driver.state
         why = driver.spare.get(peer)
         if state.job is JobState.RUNNING:
@@ -66,7 +69,7 @@ def idle_reason(drivers: Sequence[JobDriver], peer: str) -> str:
             reasons.append(f"job {driver.job.name} waits: {driver.reason}")
         elif state.job is JobState.PAUSED:
             reasons.append(f"job {driver.job.name} is paused: {driver.reason}")
-    return "; ".join(reasons[:3]) if reasons else "no job needs nodes"
+    return "; ".join(reasons) if reasons else "no job needs nodes"
 
 
 def _because(why: str | None) -> str:
