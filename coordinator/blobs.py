@@ -184,7 +184,10 @@ class Blobs:
     def _refuse_damaged(self, name: str) -> NoReturn:
         # It stays until it is replaced: what was only read wrongly is whole again after a restart.
         self._damaged.add(name)
-        raise CorruptData(f"blob {name[:12]} does not have the hash it is named by")
+        raise CorruptData(
+            f"blob {name[:12]} does not have the hash it is named by",
+            "it is uploaded or made again where that is possible; look at the disk and its log",
+        )
 
     def _too_many_uploads(self) -> bool:
         with _disk("list the uploads"):

@@ -2,7 +2,8 @@
 
 A round that trains is closed first: the pipelines that are whole by then count and are committed,
 the others are void and their samples free. Only then does the job rest or end, so that a pause
-costs no more than the work under way. Rewinding discards the rounds after a committed one for
+costs no more than the work under way. A frozen round that cannot be aggregated is given up for an order; one that
+waits for a full disk or a store that is away is not. Rewinding discards the rounds after a committed one for
 good. Changed settings wait until no pipeline trains. An event that does not fit changes nothing.
 """
 

@@ -26,7 +26,7 @@ from coordinator.ledger import JobLedger
 from coordinator.placement import PipelinePlan, Placement
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
-from coordinator.results import JobResults
+from coordinator.results import JobResults, PayloadsDamaged
 from coordinator.round_events import (
     Abandoned,
     AggregateDone,
@@ -38,6 +38,7 @@ from coordinator.round_events import (
     Offer,
     Scored,
     Tick,
+    Unusable,
 )
 from coordinator.round_model import (
     Aggregate,
@@ -61,7 +62,15 @@ from coordinator.signal import Signal
 from coordinator.storage import Storage
 from swarm.compress import compile_ahead
 from swarm.config import JobSpec, job_from_json
-from swarm.errors import ContributionError, CoordinatorLost, JobConflict, StorageError
+from swarm.errors import (
+    BlobStoreAway,
+    ContributionError,
+    CoordinatorLost,
+    DiskFull,
+    JobConflict,
+    StorageError,
+    SyncFailed,
+)
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
@@ -409,8 +418,22 @@ class JobDriver:
         return placement
 
     async def _aggregate(self, round: int) -> None:
-        outcome = await asyncio.to_thread(self.results.aggregate, self._shared.storage, round)
-        await self._apply(AggregateDone(round), outcome=outcome)
+        try:
+            outcome = await asyncio.to_thread(self.results.aggregate, self._shared.storage, round)
+        except PayloadsDamaged as damaged:
+            log.error("contributions_damaged", job=self.job.name, round=round, error=str(damaged))
+            await self._apply(Unusable(round, damaged.pipelines))
+        except (BlobStoreAway, DiskFull, SyncFailed):
+            raise  # nothing is lost: it is waited out, by an owner's order, too
+        except Exception as error:  # whatever it is: an order does not wait for what may never succeed
+            if self._state.order is None:
+                raise
+            log.error("round_given_up", job=self.job.name, round=round, error=str(error))
+            whole = self._state.with_standing(Standing.WHOLE)
+            why = f"{self._state.order.reason} while the round could not be aggregated: {error}"
+            await self._apply(Unusable(round, tuple((pipeline.pipeline_id, why) for pipeline in whole)))
+        else:
+            await self._apply(AggregateDone(round), outcome=outcome)
 
     async def _commit(self, round: int) -> None:
         outcome = await asyncio.to_thread(self._shared.storage.outcome, self.job.job_id, round)

@@ -22,6 +22,7 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundReopened,
     RoundScored,
     SettingsAdopted,
     SettingsStored,
@@ -80,6 +81,8 @@ def lines(
                 Line("round_frozen", number, f"{text}; late: {_ids(late)}" if late else text),
                 *(Line("pipeline_late", number, f"not whole when round {number} froze", pipeline_id=p) for p in late),
             ]
+        case RoundReopened(number):
+            return [Line("round_reopened", number, "nothing that was held can be aggregated: the round is open again")]
         case WrapUp(number):
             return [Line("wrap_up", number, "pipelines are asked to contribute what they have")]
         case RoundCommitted(number) if summary is not None:

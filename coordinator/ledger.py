@@ -32,6 +32,7 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundReopened,
     RoundScored,
     RoundsState,
     Rules,
@@ -46,6 +47,7 @@ from coordinator.storage import Storage
 from swarm.config import Schedule, job_from_json
 from swarm.wire.v1 import coordinator_pb2 as pb
 
+_LATE = "not whole when round {} froze"
 _LOG_DOMAIN = b"swarm-round-log-v1"
 
 
@@ -158,10 +160,15 @@ class JobLedger:
                 book = self._exclude(book, round, pipeline_id, f"the pipeline was given up: {reason}")
             case RoundFrozen(round, _, late):
                 storage.set_phase(job_id, round, Phase.FROZEN)
-                reason = f"not whole when round {round} froze"
+                reason = _LATE.format(round)
                 for pipeline_id in late:
                     storage.set_standing(job_id, round, pipeline_id, Standing.LATE, reason)
                     book = self._exclude(book, round, pipeline_id, f"the pipeline was {reason}")
+            case RoundReopened(round, late):
+                storage.set_phase(job_id, round, Phase.OPEN)
+                for pipeline_id in late:
+                    # Its receipts and its lease ended when the round froze.
+                    storage.set_standing(job_id, round, pipeline_id, Standing.LOST, _LATE.format(round))
             case RoundAggregated(round):
                 assert outcome is not None, "an aggregated round comes with its outcome"
                 storage.insert_outcome(job_id, round, outcome)

@@ -30,11 +30,26 @@ from coordinator.round_model import Pipeline, Standing
 from coordinator.storage import Storage
 from swarm.compress import FrameContext, decode
 from swarm.config import JobSpec
-from swarm.errors import BlobStoreAway, CorruptData, StorageError
+from swarm.errors import BlobAbsent, BlobStoreAway, CodecError, ContributionError, CorruptData, StorageError
 from swarm.ids import HEAD, block_of, sha256
 
 Shape = tuple[int, ...]
 log = structlog.get_logger()
+_BACKUP = (
+    "restore the coordinator's data folder from a backup, or pause the job and resume it from the end of an"
+    " earlier round"
+)
+
+
+class PayloadsDamaged(CorruptData):
+    """Contributions that were held cannot be read any more. `pipelines`: id, and why."""
+
+    def __init__(self, round: int, pipelines: Mapping[int, str]) -> None:
+        super().__init__(
+            f"contributions to round {round} cannot be aggregated: {'; '.join(pipelines.values())}",
+            "look at the disk and its log; the round goes on without their pipelines",
+        )
+        self.pipelines = tuple(pipelines.items())
 
 
 def shapes_of_member(shapes: Mapping[str, Shape], members: tuple[Member, ...], peer: str) -> dict[str, Shape]:
@@ -66,10 +81,14 @@ class JobResults:
 
     def remake(self, storage: Storage, round: int) -> Outcome:
         """Write the blobs of a committed round again. Raises StorageError, CorruptData: what it came from is gone."""
-        return self.aggregate(storage, round) if round else self.initial()
+        try:
+            return self.aggregate(storage, round) if round else self.initial()
+        except PayloadsDamaged as damaged:
+            raise CorruptData(f"round {round} cannot be made again: {damaged.cause}", _BACKUP) from damaged
 
     def aggregate(self, storage: Storage, round: int) -> Outcome:
-        """The outcome of a frozen round. Raises StorageError, CorruptData, CodecError."""
+        """The outcome of a frozen round. Raises PayloadsDamaged (of this round), StorageError, CorruptData."""
+        # The state is read before the contributions: a folder that is not mounted lacks it, too, and is waited for.
         result = self._compute(storage, round, self._outer_state(storage, round - 1))
         return self._keep(result)
 
@@ -87,13 +106,22 @@ class JobResults:
             raise StorageError(f"the database lacks the outcome of round {round - 1}")
         context = FrameContext(self.job_id, round, before.params_hash)
         accepted = [p for p in storage.pipelines(self.job_id, round) if p.standing is Standing.WHOLE]
-        sent = sorted((held.peer, held.payload, pipeline.members) for pipeline in accepted for held in pipeline.held)
+        sent = sorted((held.peer, held.payload, p.members, p.pipeline_id) for p in accepted for held in p.held)
+        damaged: dict[int, str] = {}
 
         def decoded() -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
-            for peer, payload, members in sent:
-                yield peer, self.decode(payload, members, peer, context)
+            for peer, payload, members, pipeline_id in sent:
+                try:
+                    tensors = self.decode(payload, members, peer, context)
+                except (BlobAbsent, CodecError, ContributionError, CorruptData) as error:
+                    # It decoded when it was held, and will not any more. A disk or store that refuses is another thing.
+                    damaged[pipeline_id] = f"the contribution of {peer} cannot be used any more: {error.cause}"
+                else:
+                    yield peer, tensors
 
         mean = average(decoded(), len(accepted), self.spec.uplink, self._weights(storage, round, accepted))
+        if damaged:
+            raise PayloadsDamaged(round, damaged)
         return outer_round(state, mean, self.spec, self.job_id, round)
 
     def _weights(self, storage: Storage, round: int, accepted: Sequence[Pipeline]) -> dict[str, float] | None:
@@ -116,12 +144,13 @@ class JobResults:
             raise
         except (CorruptData, StorageError) as error:
             log.error("outer_state_damaged", job_id=self.job_id, round=round, error=str(error))
-            remade = self._remake(storage, round)
+            lost = f"the outer state of round {round} is damaged and cannot be made again"
+            try:
+                remade = self._remake(storage, round)
+            except (BlobAbsent, CorruptData) as cause:
+                raise CorruptData(f"{lost}: {cause.cause}", _BACKUP) from cause
             if self._blobs.put(remade) != outcome.state_blob:
-                raise CorruptData(
-                    f"the outer state of round {round} is damaged and cannot be made again",
-                    "restore the coordinator's data folder from a backup",
-                ) from error
+                raise CorruptData(lost, _BACKUP) from error
             return OuterState.unpack(remade)
 
     def _remake(self, storage: Storage, round: int) -> bytes:

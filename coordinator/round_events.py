@@ -69,6 +69,14 @@ class AggregateDone:
 
 
 @dataclass(frozen=True)
+class Unusable:
+    """What was frozen cannot be aggregated as it is: these pipelines, and why."""
+
+    round: int
+    pipelines: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
 class CommitNow:
     round: int
     now_s: float = 0.0
@@ -136,6 +144,7 @@ Event = (
     | Abandoned
     | Tick
     | AggregateDone
+    | Unusable
     | CommitNow
     | Scored
     | NextRound

@@ -270,6 +270,14 @@ class RoundFrozen:
 
 
 @dataclass(frozen=True)
+class RoundReopened:
+    """Nothing that was frozen can be used; what was `late` is lost, too."""
+
+    round: int
+    late: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RoundAggregated:
     round: int
 
@@ -339,6 +347,7 @@ Record = (
     | WrapUp
     | PipelineLost
     | RoundFrozen
+    | RoundReopened
     | RoundAggregated
     | RoundCommitted
     | JobChanged

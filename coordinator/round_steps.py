@@ -21,6 +21,7 @@ from coordinator.round_model import (
     Pipeline,
     PipelineLost,
     RoundFrozen,
+    RoundReopened,
     RoundsState,
     SettingsAdopted,
     Standing,
@@ -141,3 +142,12 @@ def freeze(state: RoundsState) -> Step:
     state = replace(untimed(state), phase=Phase.FROZEN)
     frozen = RoundFrozen(state.round, tuple(p.pipeline_id for p in accepted), tuple(p.pipeline_id for p in late))
     return state, (frozen, Aggregate(state.round))
+
+
+def reopen(state: RoundsState) -> Step:
+    """No pipeline of the frozen round is left: it is open, and none of an earlier forming may still count."""
+    late = state.with_standing(Standing.LATE)
+    for pipeline in late:
+        state = swap(state, replace(pipeline, standing=Standing.LOST))
+    record = RoundReopened(state.round, tuple(pipeline.pipeline_id for pipeline in late))
+    return replace(state, phase=Phase.OPEN), (record,)

@@ -5,7 +5,9 @@ they matter. Out: the next state, and effects in the order in which they are to 
 Records are to be made durable, all of one step together, before any action is taken. Never
 reads a clock, a random source or a disk.
 
-A round goes OPEN → FROZEN → AGGREGATED → COMMITTED and never back. Its pipelines are fixed by
+A round goes OPEN → FROZEN → AGGREGATED → COMMITTED. It goes back only from FROZEN to OPEN, where
+nothing that was held can be aggregated (its payloads are damaged, or gone); what can be is
+aggregated without the rest. Its pipelines are fixed by
 (round, generation). A pipeline counts whole or not at all: the round freezes once every pipeline
 that is not lost is whole and at least one is, or at its deadline with what is whole. Once a quorum
 is whole, or most of the time is gone, the round asks the others to contribute what they have, and
@@ -43,6 +45,7 @@ from coordinator.round_events import (
     Scored,
     Stop,
     Tick,
+    Unusable,
 )
 from coordinator.round_model import (
     Aggregate,
@@ -77,9 +80,11 @@ from coordinator.round_steps import (
     lose,
     obey,
     quorum_whole,
+    reopen,
     settle,
     swap,
     timed,
+    waiting,
 )
 from coordinator.scoring import ask_next, begin_scoring, due, in_time, onward, scored
 
@@ -133,6 +138,8 @@ def advance(state: RoundsState, event: Event) -> Step:
                 return state, ()
             after = replace(state, phase=Phase.AGGREGATED)
             return after, (RoundAggregated(event.round), Commit(event.round))
+        case Unusable():
+            return _unusable(state, event)
         case CommitNow():
             return _committed(state, event)
         case Scored():
@@ -337,6 +344,27 @@ def _repair(state: RoundsState, spares: tuple[PipelinePlan, ...], now_s: float) 
     )
     after = replace(state, generation=generation, pipelines=(*state.pipelines, *formed))
     return after, (PipelinesFormed(state.round, generation, formed, ahead=_goes_ahead(state)),)
+
+
+def _unusable(state: RoundsState, event: Unusable) -> Step:
+    if state.phase is not Phase.FROZEN or event.round != state.round:
+        return state, ()
+    frozen = {pipeline.pipeline_id for pipeline in state.with_standing(Standing.WHOLE)}
+    dropped = [(pipeline_id, reason) for pipeline_id, reason in event.pipelines if pipeline_id in frozen]
+    if not dropped:
+        return state, ()
+    records: tuple[Effect, ...] = ()
+    for pipeline_id, reason in dropped:
+        state, lost = lose(state, [pipeline_id], reason)
+        records += lost
+    if state.with_standing(Standing.WHOLE):
+        return state, (*records, Aggregate(state.round))
+    state, reopened = reopen(state)
+    if state.order is not None:
+        after, effects = obey(state)
+    else:
+        after, effects = waiting(state, f"pipelines are being formed again: {dropped[-1][1]}")
+    return after, (*records, *reopened, *effects)
 
 
 def _committed(state: RoundsState, event: CommitNow) -> Step:

@@ -28,6 +28,7 @@ from coordinator.round_events import (
     Scored,
     Stop,
     Tick,
+    Unusable,
 )
 from coordinator.round_model import (
     Aggregate,
@@ -45,6 +46,7 @@ from coordinator.round_model import (
     RoundCommitted,
     RoundFrozen,
     RoundOpened,
+    RoundReopened,
     RoundScored,
     RoundsState,
     Rules,
@@ -403,6 +405,50 @@ SCENARIOS = {
         7 aggregated    => aggregated, commit | running 1.1 aggregated
         7 commit        => committed 0, open 2 | running 1.1 committed
     """,
+    "what is damaged on disk is left out": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a b c   => formed a:0 b:1 c:2, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held | running 1.1 open
+        5 send b to 1   => held b whole, reply held | running 1.1 open
+        5 send c to 2   => held c whole, reply held, freeze 0+1+2, aggregate | running 1.1 frozen
+        6 unusable 0+2  => lost 0, lost 2, aggregate | running 1.1 frozen
+        6 unusable 0    => - | running 1.1 frozen
+        6 restart       => aggregate | running 1.1 frozen
+        7 send a to 0   => reply duplicate | running 1.1 frozen
+        8 aggregated    => aggregated, commit | running 1.1 aggregated
+        8 unusable 1    => - | running 1.1 aggregated
+        8 commit        => committed 1, open 2 | running 1.1 committed
+    """,
+    "nothing is left to aggregate: the round is formed again, and who was late counts in it": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer ab c    => formed ab:0 c:1, job running | running 1.1 open
+        5 send a to 0   => held a, reply held | running 1.1 open
+        5 send c to 1   => held c whole, reply held | running 1.1 open
+        100 tick        => freeze 1 late 0, aggregate | running 1.1 frozen
+        101 unusable 1  => lost 1, reopened, job waiting, form | waiting 1.1 open
+        101 restart     => form | waiting 1.1 open
+        102 aggregated  => - | waiting 1.1 open
+        102 offer ab c  => formed ab:2 c:3, job running | running 1.2 open
+        103 send b to 0 => reply late | running 1.2 open
+        104 send a to 2 => held a, reply held | running 1.2 open
+        104 send b to 2 => held b whole, reply held | running 1.2 open
+        104 send c to 3 => held c whole, reply held, freeze 2+3, aggregate | running 1.2 frozen
+    """,
+    "a pause of a round that is left without anything": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 pause         => job running | running 1.1 frozen
+        7 unusable 0    => lost 0, reopened, job paused | paused 1.1 open
+        8 resume        => job waiting, form | waiting 1.1 open
+    """,
+    "a stop of a round that is left without anything": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a       => formed a:0, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 stop          => job running | running 1.1 frozen
+        7 unusable 0    => lost 0, reopened, job finished | finished 1.1 open
+    """,
     "a stop ends for good, whatever the job was doing": """
         0 begin         => opened 1, form | waiting 1.0 open
         0 offer a       => formed a:0, job running | running 1.1 open
@@ -528,6 +574,8 @@ def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
             return Tick(now_s)
         case ["aggregated"]:
             return AggregateDone(state.round)
+        case ["unusable", ids]:
+            return Unusable(state.round, tuple((int(number), "damaged") for number in ids.split("+")))
         case ["commit"]:
             return CommitNow(state.round, now_s)
         case ["resume"]:
@@ -572,6 +620,8 @@ def _show(effect: Effect) -> str:
             return f"lost {pipeline_id}"
         case RoundFrozen(_, accepted, late):
             return f"freeze {_ids(accepted)}{f' late {_ids(late)}' if late else ''}"
+        case RoundReopened():
+            return "reopened"
         case RoundAggregated():
             return "aggregated"
         case RoundCommitted(_, accepted):

@@ -27,6 +27,7 @@ from coordinator.round_events import (
     Scored,
     Stop,
     Tick,
+    Unusable,
 )
 from coordinator.round_model import (
     Aggregate,
@@ -44,6 +45,7 @@ from coordinator.round_model import (
     Rewound,
     RoundCommitted,
     RoundFrozen,
+    RoundReopened,
     RoundsState,
     Rules,
     Settings,
@@ -81,6 +83,7 @@ class RoundsMachine(RuleBasedStateMachine):
         self.named: set[tuple[int, int]] = set()
         self.held: dict[tuple[int, int, str], bytes] = {}
         self.accepted: set[tuple[int, str]] = set()
+        self.unusable: set[tuple[int, int, int]] = set()
         self._perform(effects)
 
     # --- what a driver does with effects ------------------------------------------------------
@@ -88,7 +91,7 @@ class RoundsMachine(RuleBasedStateMachine):
     def _step(self, event: Event) -> Reply | None:
         before = self.state
         self.state, effects = advance(before, event)
-        if not any(isinstance(effect, Rewound) for effect in effects):
+        if not any(isinstance(effect, Rewound | RoundReopened) for effect in effects):
             self._check_progress(before, self.state)
         self._perform(effects)
         return next((effect for effect in effects if isinstance(effect, Reply)), None)
@@ -234,6 +237,18 @@ class RoundsMachine(RuleBasedStateMachine):
             assert self.state.best is not None
             assert self.state.best.loss <= loss
 
+    @precondition(lambda self: self.state.phase is Phase.FROZEN)
+    @rule(which=st.sets(st.integers(0, 3), min_size=1))
+    def payloads_rot(self, which: set[int]) -> None:
+        before = self.state
+        lost = [p for at, p in enumerate(before.with_standing(Standing.WHOLE)) if at in which]
+        self.unusable |= {(before.round, p.generation, p.pipeline_id) for p in lost}
+        self._step(Unusable(before.round, tuple((p.pipeline_id, "damaged") for p in lost)))
+        assert all(self.state.pipeline(p.pipeline_id).standing is Standing.LOST for p in lost)
+        reopened = len(lost) == len(before.with_standing(Standing.WHOLE))
+        assert (self.state.phase is Phase.OPEN) == reopened
+        assert not reopened or self.state.order is None
+
     @rule()
     def owner_resumes(self) -> None:
         self._step(Resume())
@@ -356,7 +371,9 @@ class RoundsMachine(RuleBasedStateMachine):
         assert (state.deadline_s is not None) == timed
         for pipeline in state.pipelines:
             whole = len(pipeline.held) == len(pipeline.members)
-            assert whole == (pipeline.standing is Standing.WHOLE)
+            unusable = (state.round, pipeline.generation, pipeline.pipeline_id) in self.unusable
+            assert whole == (pipeline.standing is Standing.WHOLE or unusable)
+            assert not (unusable and pipeline.standing is Standing.WHOLE)
 
 
 RoundsMachine.TestCase.settings = settings(
