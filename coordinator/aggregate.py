@@ -32,8 +32,9 @@ from swarm.optim.params import block_hash, by_block, pack_block, params_hash
 
 F32 = NDArray[np.float32]
 _PARTS = ("params", "momentum", "residual")
-MOST_SENT = 1e15
-"""A pseudo-gradient of adapters with a value beyond this is no training result, whatever the job."""
+MOST_SENT = 2.0**64
+"""A pseudo-gradient with a value beyond this is no training result, whatever the job: its square leaves float32, which
+no norm layer survives."""
 _SATURATION = np.float32(2.0**80)
 """Far beyond what means of values up to MOST_SENT lead to; a million rounds of such updates are far below the end of
 float32."""

@@ -101,7 +101,7 @@ def waiting(swarm: Swarm) -> list[float]:
 
 def test_a_round_whose_every_step_is_skipped_is_abandoned(swarm: Swarm) -> None:
     # One step at this rate, and every later forward pass overflows; what the round sends is still within bounds.
-    submit(swarm, "runaway", rounds=2, microbatches=2, lr="1.0e+14", clip=1.0)
+    submit(swarm, "runaway", rounds=2, microbatches=2, lr="1.2e+19", clip=1.0)
     lead, second = (next(p for p in swarm.processes if p.name == name) for name in ("half-a", "half-b"))
     lead.wait_log("inner_step_skipped", job="runaway", round=1, step="3/3", skipped_steps=2)
     lead.wait_log("inner_step_skipped", job="runaway", round=2, step="3/3", skipped_steps=3)
