@@ -81,10 +81,7 @@ class JobResults:
 
     def remake(self, storage: Storage, round: int) -> Outcome:
         """Write the blobs of a committed round again. Raises StorageError, CorruptData: what it came from is gone."""
-        try:
-            return self.aggregate(storage, round) if round else self.initial()
-        except PayloadsDamaged as damaged:
-            raise CorruptData(f"round {round} cannot be made again: {damaged.cause}", _BACKUP) from damaged
+        return self.aggregate(storage, round) if round else self.initial()
 
     def aggregate(self, storage: Storage, round: int) -> Outcome:
         """The outcome of a frozen round. Raises PayloadsDamaged (of this round), StorageError, CorruptData."""
