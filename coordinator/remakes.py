@@ -33,9 +33,9 @@ class Remakes:
         key = (results.job_id, round)
         if key in self._under_way:
             await asyncio.shield(self._under_way[key])
-            # One that had come past this blob before the damage was found leaves it as it is.
-            if await asyncio.to_thread(self._blobs.size, blob) is not None:
-                return
+        # It may have been made by now; or not, by one that had come past this blob before the damage was found.
+        if await asyncio.to_thread(self._blobs.size, blob) is not None:
+            return
         if key not in self._under_way:
             task = asyncio.get_running_loop().create_task(self._make(results, round))
             self._under_way[key] = task
