@@ -24,7 +24,7 @@ from coordinator.disk import Disk, file_error
 from swarm.errors import BlobAbsent, CorruptData, FrameTooLarge, ProtocolError, StorageError, SyncFailed
 
 _HASH_BYTES = 32
-_STRIPES = 64
+STRIPES = 64
 _CHECK_S = 600.0
 
 
@@ -59,7 +59,7 @@ class Blobs:
         self._now = now
         self._disk = disk
         # One lock for several blobs: bounded, and two different blobs rarely meet.
-        self._locks = [threading.Lock() for _ in range(_STRIPES)]
+        self._locks = [threading.Lock() for _ in range(STRIPES)]
         self._used: dict[str, float] = {}
         self._checked: dict[str, float] = {}
         """When a blob's content was last compared with its name."""
@@ -163,7 +163,7 @@ class Blobs:
         return sum(self._remove_unused(name, self._drop_upload) for name in names)
 
     def _remove_unused(self, name: str, remove: Callable[[str], None]) -> bool:
-        with self._locks[_stripe(name)], _disk(f"remove blob {name[:12]}"):
+        with self._lock(name), _disk(f"remove blob {name[:12]}"):
             # Under its lock: whoever is about to refer to a blob has used it just now.
             idle_s = self._now() - self._used.setdefault(name, self._now())
             if idle_s < self._bounds.grace_s:
@@ -217,9 +217,12 @@ class Blobs:
             self._disk.sync_folder(self._partial)
         return (committed or 0) + len(data)
 
+    def _lock(self, name: str) -> threading.Lock:
+        return self._locks[stripe(bytes.fromhex(name))]
+
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with self._locks[_stripe(name)]:
+        with self._lock(name):
             if name in self._used:
                 self._used[name] = self._now()
             yield
@@ -241,8 +244,9 @@ class Blobs:
         return sha256.hex()
 
 
-def _stripe(name: str) -> int:
-    return int(name[:2], 16) % _STRIPES
+def stripe(sha256: bytes) -> int:
+    """Which lock a blob has."""
+    return sha256[0] % STRIPES if sha256 else 0
 
 
 @contextmanager

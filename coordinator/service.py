@@ -22,6 +22,7 @@ from coordinator.owner import Owner
 from coordinator.records import NodeRecord
 from coordinator.round_model import JobState
 from coordinator.signal import wait_until
+from coordinator.turns import Turns
 from swarm.errors import BlobAbsent, ContributionError, CorruptData, FrameTooLarge, InputError, ResourceError, SpanError
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -47,6 +48,7 @@ class CoordinatorService:
         self._nodes = nodes
         self._jobs = jobs
         self._intake = Intake(shared.blobs, shared.settings, shared.clock)
+        self._turns = Turns()
         self._adapters: tuple[asyncio.Event, pb.PollReply] | None = None
 
     # --- volunteers ---------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class CoordinatorService:
         if len(request.data) > limit:
             raise FrameTooLarge(f"a piece of {len(request.data)} bytes is over the cap of {limit}")
         async with self._heard(caller):
-            progress = await asyncio.to_thread(
+            progress = await self._turns.take(
                 self._shared.blobs.put_piece, request.sha256, request.size, request.offset, request.data
             )
         return pb.PutPieceReply(committed=progress.committed, complete=progress.complete)
@@ -158,14 +160,14 @@ class CoordinatorService:
     async def get_piece(self, caller: str, request: pb.GetPieceRequest) -> pb.GetPieceReply:
         """At most `max_piece_bytes`. Raises ProtocolError, BlobAbsent, CorruptData, StorageError."""
         length = min(request.length, self._shared.settings.max_piece_bytes)
-        piece = (request.sha256, request.offset, length)
+        read_piece, piece = self._shared.blobs.read_piece, (request.sha256, request.offset, length)
         async with self._heard(caller):
             try:
-                data = await asyncio.to_thread(self._shared.blobs.read_piece, *piece)
+                data = await self._turns.take(read_piece, *piece)
             except (BlobAbsent, CorruptData):
                 if not await self._jobs.remake(request.sha256):
                     raise
-                data = await asyncio.to_thread(self._shared.blobs.read_piece, *piece)
+                data = await self._turns.take(read_piece, *piece)
         return pb.GetPieceReply(data=data)
 
     # --- researchers --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from coordinator.blobs import BlobBounds, Blobs, Progress
-from coordinator.blobstore import FolderStore, ObjectStore, canonical, check_place, check_url, note_place, open_store
+from coordinator.blobstore import (
+    RANGE_BYTES,
+    FolderStore,
+    ObjectStore,
+    canonical,
+    check_place,
+    check_url,
+    note_place,
+    open_store,
+)
 from coordinator.disk import Disk
 from swarm.errors import BlobAbsent, CorruptData, DataDirLocked, InputError, StorageError
 from swarm.ids import sha256
@@ -100,6 +110,33 @@ def test_a_damaged_object_is_found_and_replaced(tmp_path: Path) -> None:
     with pytest.raises(CorruptData):
         blobs.read(digest)
     assert blobs.read(blobs.put(DATA)) == DATA
+
+
+class Ranged(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store in memory that notes how much each answer held."""
+
+    protocol = "ranged"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    answers: ClassVar[list[int]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        data = bytes(super().cat_file(path, start, end))
+        self.answers.append(len(data))
+        return data
+
+
+def test_an_object_is_hashed_in_ranges() -> None:
+    store = ObjectStore(Ranged(), "bucket", "me")
+    for size in (0, 1, RANGE_BYTES, 2 * RANGE_BYTES + 5):
+        data = random.Random(size).randbytes(size)
+        name = sha256(data).hex()
+        store.put(name, data)
+        Ranged.answers.clear()
+        assert store.sha256(name).hex() == name
+        assert max(Ranged.answers, default=0) <= RANGE_BYTES
+        assert sum(Ranged.answers) == size
+    Ranged.store.clear()
 
 
 @pytest.mark.parametrize("wrong", ["network", "access", "half"])
