@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -23,7 +24,7 @@ from coordinator.blobs import Blobs
 from coordinator.collector import Collector
 from coordinator.leases import Book, Lease
 from coordinator.ledger import JobLedger
-from coordinator.placement import PipelinePlan, Placement
+from coordinator.placement import Member, PipelinePlan, Placement
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
 from coordinator.results import JobResults, PayloadsDamaged
@@ -108,6 +109,8 @@ class Neighbours(Protocol):
     def nodes_freed(self, job_id: str) -> None: ...
 
     def doubt(self, peer: str) -> None: ...
+
+    def absent(self, members: Iterable[Member]) -> frozenset[str]: ...
 
 
 class JobDriver:
@@ -235,7 +238,7 @@ class JobDriver:
                 # Or it would be tried again at once, and a node that comes back in seconds would find a paused job.
                 self._neighbours.doubt(blamed)
             spares = self._spares([pipeline_id], blamed) if named is not None else ()
-            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares, by))
+            await self._apply(Abandoned(self._now(), round, pipeline_id, why, spares, by, self._absent()))
 
     async def decide(self, event: Event) -> None:
         """One step, whether or not who asked for it waits for its end."""
@@ -277,10 +280,15 @@ class JobDriver:
         async def record() -> None:
             async with self._shared.placement_lock:
                 spares = self._spares(broken_by(self._state, peer), peer)
-                await self._apply(NodeLost(self._now(), peer, reason, spares))
+                await self._apply(NodeLost(self._now(), peer, reason, spares, self._absent()))
 
         if self._state.job is not JobState.FINISHED:
             self._background.insist("recording a lost node", record)
+
+    def _absent(self) -> frozenset[str]:
+        """Members of the round's pipelines that have left."""
+        counting = self._state.with_standing(*_COUNTING)
+        return self._neighbours.absent(member for pipeline in counting for member in pipeline.members)
 
     def _spares(self, pipeline_ids: list[int], lost: str) -> tuple[PipelinePlan, ...]:
         """Pipelines of the other nodes of those given and of idle ones."""
@@ -398,8 +406,8 @@ class JobDriver:
 
     def _at_deadline(self) -> None:
         # The timer may ring a moment early by the clock; it rang for this deadline all the same.
-        event = Tick(max(self._now(), self._state.alarm_s or 0.0))
-        self._background.insist("closing the round", lambda: self._apply(event))
+        at_s = max(self._now(), self._state.alarm_s or 0.0)
+        self._background.insist("closing the round", lambda: self._apply(Tick(at_s, self._absent())))
 
     async def _form(self) -> None:
         async with self._shared.placement_lock:
@@ -441,7 +449,7 @@ class JobDriver:
             raise StorageError(f"the database lacks the outcome of round {round}")
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
-        await self._apply(CommitNow(round, self._now()))
+        await self._apply(CommitNow(round, self._now(), self._absent()))
         await self._shared.collector.collect()
 
     def _forget_old(self) -> None:

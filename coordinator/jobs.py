@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import structlog
@@ -255,6 +256,11 @@ class Jobs:
     def doubt(self, peer: str) -> None:
         """As a driver says it: no pipeline is formed with the node before it calls again."""
         self._nodes.doubt(peer)
+
+    def absent(self, members: Iterable[Member]) -> frozenset[str]:
+        """As a driver asks: those that are not here, or not with the blocks that they had."""
+        known = {member: self._nodes.get(member.peer) for member in members}
+        return frozenset(m.peer for m, node in known.items() if node is None or not node.record.span.covers(m.span))
 
     def node_lost(self, peer: str, reason: str) -> None:
         for driver in self._drivers.values():

@@ -1,6 +1,7 @@
 """What can happen to one job's rounds. Frozen values; `now_s` is monotonic.
 
-`coordinator.rounds` says what follows from each.
+`coordinator.rounds` says what follows from each. `absent`: members of the round's pipelines that are not here, at
+least not with their blocks; they are not asked for a score.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class NodeLost:
     peer: str
     reason: str
     spares: tuple[PipelinePlan, ...] = ()
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Abandoned:
     spares: tuple[PipelinePlan, ...] = ()
     by: str = ""
     """The member, where nobody else is at fault: without effect once its contribution is held."""
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Tick:
     """Time passed: a round may have to ask for an end, or to freeze."""
 
     now_s: float
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Unusable:
 class CommitNow:
     round: int
     now_s: float = 0.0
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -271,13 +271,13 @@ def may_repair(state: RoundsState, now_s: float) -> bool:
 def _node_lost(state: RoundsState, event: NodeLost) -> Step:
     scorer = None if state.scorer is None else state.pipeline(state.scorer)
     if scorer is not None and scorer.has(event.peer):
-        return ask_next(state, event.now_s, event.reason)
+        return ask_next(state, event.now_s, event.reason, event.absent)
     return _lost(state, broken_by(state, event.peer), event.reason, event.now_s, event.spares)
 
 
 def _abandoned(state: RoundsState, event: Abandoned) -> Step:
     if state.scorer == event.pipeline_id and event.round == state.round:
-        return ask_next(state, event.now_s, event.reason)
+        return ask_next(state, event.now_s, event.reason, event.absent)
     pipeline = state.pipeline(event.pipeline_id)
     if (
         state.phase is not Phase.OPEN
@@ -292,7 +292,7 @@ def _abandoned(state: RoundsState, event: Abandoned) -> Step:
 
 def _ticked(state: RoundsState, event: Tick) -> Step:
     if state.scorer is not None and state.deadline_s is not None and event.now_s >= state.deadline_s:
-        return ask_next(state, event.now_s, "no held-out loss was reported in time")
+        return ask_next(state, event.now_s, "no held-out loss was reported in time", event.absent)
     if state.phase is not Phase.OPEN or state.deadline_s is None:
         return state, ()
     if event.now_s < state.deadline_s:
@@ -377,7 +377,7 @@ def _committed(state: RoundsState, event: CommitNow) -> Step:
     if after.order is not None:
         after, effects = finish(after) if event.round >= after.rules.rounds else obey(after)
     elif due(after.rules, event.round):
-        after, effects = begin_scoring(after, event.now_s)
+        after, effects = begin_scoring(after, event.now_s, event.absent)
     else:
         after, effects = onward(after)
     return after, (RoundCommitted(event.round, accepted), *adopted, *effects)

@@ -1,8 +1,9 @@
 """Held-out evaluation between two rounds, and when it ends a job. Pure.
 
 After a round is committed and before the next one opens, the lead of one accepted pipeline scores the
-committed parameters. If it is lost or gives up, the next accepted pipeline is asked; if none is
-left or the time is over, the job goes on without a score and says so. A job with early stopping
+committed parameters. Only pipelines whose members are all here are asked: a member may leave once its
+contribution is held. If the one that was asked loses a member or gives up, the next one is asked; if none
+is left or the time is over, the job goes on without a score and says so. A job with early stopping
 ends once so many scores in a row were no better than the best one by `min_delta`.
 """
 
@@ -46,10 +47,24 @@ def best_of(scores: Iterable[tuple[int, float]], min_delta: float) -> Best | Non
     return best
 
 
-def begin_scoring(state: RoundsState, now_s: float) -> Step:
-    """Ask the first accepted pipeline."""
-    first = state.with_standing(Standing.WHOLE)[0].pipeline_id
-    return in_time(replace(state, scorer=first), now_s), (ScoringBegun(state.round, first),)
+def begin_scoring(state: RoundsState, now_s: float, absent: frozenset[str]) -> Step:
+    """Ask the first accepted pipeline that is all here."""
+    return _ask(state, _here(state, absent), now_s, "of every pipeline that counts, a node has left")
+
+
+def _here(state: RoundsState, absent: frozenset[str]) -> list[int]:
+    """Accepted pipelines that can score."""
+    whole = state.with_standing(Standing.WHOLE)
+    return [p.pipeline_id for p in whole if not any(member.peer in absent for member in p.members)]
+
+
+def _ask(state: RoundsState, candidates: list[int], now_s: float, reason: str) -> Step:
+    """The first of them; `reason` says why nobody is asked if there is none."""
+    if candidates:
+        first = candidates[0]
+        return in_time(replace(state, scorer=first), now_s), (ScoringBegun(state.round, first),)
+    after, effects = onward(replace(untimed(state), scorer=None))
+    return after, (RoundScored(state.round, None, 0, state.best, reason), *effects)
 
 
 def in_time(state: RoundsState, now_s: float) -> RoundsState:
@@ -66,15 +81,11 @@ def scored(state: RoundsState, event: Scored) -> Step:
     return after, (RoundScored(event.round, event.loss, event.tokens, best, ""), *effects)
 
 
-def ask_next(state: RoundsState, now_s: float, reason: str) -> Step:
+def ask_next(state: RoundsState, now_s: float, reason: str, absent: frozenset[str]) -> Step:
     """The pipeline that was asked does not answer."""
     assert state.scorer is not None, "somebody was asked"
-    others = [p.pipeline_id for p in state.with_standing(Standing.WHOLE) if p.pipeline_id > state.scorer]
-    if others:
-        return in_time(replace(state, scorer=others[0]), now_s), (ScoringBegun(state.round, others[0]),)
-    after, record = without_score(state, reason)
-    after, effects = onward(after)
-    return after, (*record, *effects)
+    later = [pipeline_id for pipeline_id in _here(state, absent) if pipeline_id > state.scorer]
+    return _ask(state, later, now_s, reason)
 
 
 def without_score(state: RoundsState, reason: str) -> Step:

@@ -345,6 +345,30 @@ SCENARIOS = {
         107 tick         => - | running 1.1 committed
         108 tick         => not scored, open 2 | running 1.1 committed
     """,
+    "who has left is not asked for a score": """
+        0 begin scored   => opened 1, form | waiting 1.0 open
+        0 offer ab c d e => formed ab:0 c:1 d:2 e:3, job running | running 1.1 open
+        5 send a to 0    => held a, reply held | running 1.1 open
+        5 send b to 0    => held b whole, reply held | running 1.1 open
+        5 send c to 1    => held c whole, reply held | running 1.1 open
+        5 send d to 2    => held d whole, reply held | running 1.1 open
+        5 lost b         => - | running 1.1 open
+        6 send e to 3    => held e whole, reply held, freeze 0+1+2+3, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit without b    => committed 0+1+2+3, 1 scores | running 1.1 committed
+        7 lost d without bd   => - | running 1.1 committed
+        8 lost c without bcd  => 3 scores | running 1.1 committed
+        108 tick without bcd  => not scored, open 2 | running 1.1 committed
+    """,
+    "nobody is left to be asked for a score": """
+        0 begin scored   => opened 1, form | waiting 1.0 open
+        0 offer ab       => formed ab:0, job running | running 1.1 open
+        5 send a to 0    => held a, reply held | running 1.1 open
+        5 send b to 0    => held b whole, reply held, freeze 0, aggregate | running 1.1 frozen
+        6 aggregated     => aggregated, commit | running 1.1 aggregated
+        6 commit without a  => committed 0, not scored, open 2 | running 1.1 committed
+        7 next -         => opened 2, job waiting | waiting 2.0 open
+    """,
     "a pause does not wait for a score": """
         0 begin scored   => opened 1, form | waiting 1.0 open
         0 offer a        => formed a:0, job running | running 1.1 open
@@ -554,6 +578,9 @@ def _play(state: RoundsState | None, now_s: float, what: str) -> tuple[RoundsSta
 
 
 def _event(state: RoundsState, now_s: float, words: list[str]) -> Event:
+    if "without" in words:
+        event = _event(state, now_s, words[: words.index("without")])
+        return replace(event, absent=frozenset(words[-1]))
     match words:
         case ["offer", *plans]:
             return Offer(now_s, _plans(" ".join(plans)), "no idle node holds block 1")

@@ -175,7 +175,7 @@ class RoundsMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 30.0, 101.0]))
     def time_passes(self, seconds: float) -> None:
         self.now_s += seconds
-        self._step(Tick(self.now_s))
+        self._step(Tick(self.now_s, self._absent()))
 
     @rule(peer=PEERS)
     def node_joins(self, peer: str) -> None:
@@ -185,7 +185,8 @@ class RoundsMachine(RuleBasedStateMachine):
     @rule(peer=PEERS)
     def node_is_lost(self, peer: str) -> None:
         self.here.discard(peer)
-        self._step(NodeLost(self.now_s, peer, "silent", self._spares(broken_by(self.state, peer))))
+        spares = self._spares(broken_by(self.state, peer))
+        self._step(NodeLost(self.now_s, peer, "silent", spares, self._absent()))
 
     @rule(peer=PEERS, payload=st.sampled_from([b"x", b"y"]), back=st.integers(0, 1), other=st.booleans())
     def contribution(self, peer: str, payload: bytes, back: int, other: bool) -> None:
@@ -226,7 +227,10 @@ class RoundsMachine(RuleBasedStateMachine):
         for pipeline in self.state.pipelines:
             if pipeline.members[0].peer == peer:
                 number = pipeline.pipeline_id
-                self._step(Abandoned(self.now_s, self.state.round, number, "out of memory", self._spares([number])))
+                spares, absent = self._spares([number]), self._absent()
+                self._step(
+                    Abandoned(self.now_s, self.state.round, number, "out of memory", spares, absent=absent),
+                )
 
     @rule(loss=st.sampled_from([1.0, 2.0, 3.0]))
     def lead_scores(self, loss: float) -> None:
@@ -295,7 +299,7 @@ class RoundsMachine(RuleBasedStateMachine):
             case Aggregate(number):
                 self._step(AggregateDone(number))
             case Commit(number):
-                self._step(CommitNow(number, self.now_s))
+                self._step(CommitNow(number, self.now_s, self._absent()))
             case OpenNext():
                 plans, missing = self._placement()
                 self._step(NextRound(self.now_s, plans, missing))
@@ -308,6 +312,9 @@ class RoundsMachine(RuleBasedStateMachine):
         self.pending = list(effects)
         restored = leases.restore(self.all_leases.values())
         assert restored == self.book
+
+    def _absent(self) -> frozenset[str]:
+        return frozenset({node.peer for node in NODES} - self.here)
 
     def _offer(self) -> None:
         plans, missing = self._placement()
@@ -367,6 +374,7 @@ class RoundsMachine(RuleBasedStateMachine):
             assert state.job is JobState.RUNNING
             assert asked is not None
             assert asked.standing is Standing.WHOLE
+            assert {member.peer for member in asked.members} <= self.here, "asked, and not here"
         timed = state.job is JobState.RUNNING and (state.phase is Phase.OPEN or state.scorer is not None)
         assert (state.deadline_s is not None) == timed
         for pipeline in state.pipelines:
