@@ -188,6 +188,9 @@ class JobDriver:
             ahead = partial(asyncio.to_thread, compile_ahead, self.spec.uplink, self.spec.downlink)
             self._background.insist("compiling the codec", ahead)
         self._resume_from(self._state)
+        # A node is forgotten in one commit and its pipeline given up in another; a kill in between leaves the pipeline.
+        for peer in sorted(self._absent()):
+            self.node_lost(peer, f"node {peer} had left when the coordinator was started again")
 
     async def stop(self) -> None:
         """Finish the step under way, take no other."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 from coordinator_sim import SimNode, job_spec, submit
 from coordinator_swarm import ONE, Swarm, opened
 
+from coordinator.round_model import Standing
+from swarm.errors import DiskFull
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -83,3 +86,51 @@ async def test_two_that_leave_together_are_replaced_by_the_third(tmp_path: Path)
             group.create_task(all_leave_but(swarm, third))
             await swarm.until(lambda: seen.append(asked(swarm)) or asked(swarm) == third.peer)
         assert second.peer not in seen
+
+
+class Refusing:
+    """A disk that has no room for one kind of record once it is told so; knows when a node was forgotten."""
+
+    def __init__(self) -> None:
+        self.record = ""
+        self._forgot = threading.Event()
+
+    async def forgot(self) -> None:
+        assert await asyncio.to_thread(self._forgot.wait, 20)
+
+    def __call__(self, name: str) -> None:
+        if name == "after commit node lost":
+            self._forgot.set()
+        if self.record and name.startswith("before commit") and self.record in name:
+            raise DiskFull(f"cannot store '{name}'")
+
+
+async def test_a_restart_between_forgetting_a_node_and_giving_up_its_pipeline(tmp_path: Path) -> None:
+    disk = Refusing()
+    async with opened(tmp_path, silent_s=SILENT_S, durable_point=disk) as swarm:
+        first, other = await with_pipelines(swarm, "a", "b")
+        disk.record = "PipelineLost"
+        await all_leave_but(swarm, other)
+        await swarm.until(lambda: "recording a lost node failed" in swarm.driver.reason)
+        await disk.forgot()
+        assert len(swarm.driver.state.with_standing(Standing.ACTIVE)) == 2
+    async with opened(tmp_path) as swarm:
+        await swarm.until(lambda: len(swarm.driver.state.with_standing(Standing.ACTIVE)) == 1)
+        (lost,) = swarm.driver.state.with_standing(Standing.LOST)
+        assert lost.members[0].peer == first.peer
+        assert "had left when the coordinator was started again" in lost.reason
+
+
+async def test_a_restart_between_forgetting_a_node_and_asking_another_for_a_score(tmp_path: Path) -> None:
+    disk = Refusing()
+    async with opened(tmp_path, silent_s=SILENT_S, durable_point=disk) as swarm:
+        first, other = await with_pipelines(swarm, "a", "b")
+        await contribute(first, other)
+        await swarm.until(lambda: asked(swarm) == first.peer)
+        disk.record = "ScoringBegun"
+        await all_leave_but(swarm, other)
+        await swarm.until(lambda: "recording a lost node failed" in swarm.driver.reason)
+        await disk.forgot()
+        assert asked(swarm) == first.peer
+    async with opened(tmp_path) as swarm:
+        await swarm.until(lambda: asked(swarm) == other.peer)
