@@ -70,9 +70,6 @@ class Cell:
     downlink: CodecSettings = _DOWNLINK
     start: Literal["reference", "own"] = "reference"
     """As `inner.start`: own parameters hold what the pipeline could not send yet."""
-    last_rounds: int = 0
-    """So many rounds at the end are sent with `last_uplink`."""
-    last_uplink: CodecSettings = _UPLINK
     activations: str = ""
     """How they cross the middle of a pipeline; empty: it is one node."""
     drop: float = 0.0
@@ -170,7 +167,6 @@ class Run:
         lost = set(chance.permutation(PIPELINES)[: round(cell.drop * PIPELINES)].tolist())
         base_hash, sent = hash_all(self._state.params), self._late
         self._late, steps = {}, {}
-        uplink = cell.last_uplink if number > cell.rounds - cell.last_rounds else cell.uplink
         for k in range(PIPELINES):
             if k == PIPELINES - 1 and number < cell.join_round:
                 continue
@@ -183,7 +179,7 @@ class Run:
                 continue
             context = FrameContext("convergence", number, base_hash)
             # What was kept in the parameters is in the delta already.
-            compressed = compress_with_feedback(delta, None if cell.start == "own" else residual, uplink, context)
+            compressed = compress_with_feedback(delta, None if cell.start == "own" else residual, cell.uplink, context)
             self._residuals[k] = compressed.residual
             self.result.uplink_bytes += socket_bytes(len(compressed.frame))
             self.result.contributions += 1
@@ -193,7 +189,7 @@ class Run:
                 sent[f"pipeline {k}"], steps[k] = compressed.decoded, done
         weights = {f"pipeline {k}": weight for k, weight in pipeline_weights(steps).items()}
         weights |= {name: _LATE_WEIGHT for name in sent if name not in weights}
-        mean = average(sorted(sent.items()), len(sent), uplink, weights)
+        mean = average(sorted(sent.items()), len(sent), cell.uplink, weights)
         outcome = outer_round(self._state, mean, self._spec, "convergence", number)
         self._state = outcome.state
         # Every pipeline fetches it.

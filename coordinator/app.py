@@ -19,11 +19,11 @@ from coordinator.blobs import BlobBounds, Blobs
 from coordinator.blobstore import canonical, check_place, note_place, open_store
 from coordinator.collector import Collector
 from coordinator.disk import Disk, Halt
-from coordinator.driver import Shared
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
 from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer, SystemClock
 from coordinator.service import CoordinatorService
+from coordinator.shared import Shared
 from coordinator.signal import Signal
 from coordinator.storage import Storage
 

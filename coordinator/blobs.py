@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from coordinator.blobstore import BlobStore, hash_file
+from coordinator.blobstore import BLOB_NAME, BlobStore, hash_file
 from coordinator.disk import Disk, file_error
 from swarm.errors import BlobAbsent, CorruptData, FrameTooLarge, ProtocolError, StorageError, SyncFailed
 
@@ -159,7 +159,7 @@ class Blobs:
     def _drop_stale_uploads(self) -> int:
         """No row refers to an upload: its time alone decides. Call without a lock held."""
         with _disk("list the uploads"):
-            names = os.listdir(self._partial)
+            names = [name for name in os.listdir(self._partial) if BLOB_NAME.fullmatch(name)]
         return sum(self._remove_unused(name, self._drop_upload) for name in names)
 
     def _remove_unused(self, name: str, remove: Callable[[str], None]) -> bool:

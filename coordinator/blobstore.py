@@ -31,7 +31,7 @@ _OWNER = "owner"
 """The object that says whose blobs these are."""
 _PLACE = "place"
 _TEMPORARY = ".tmp"
-_NAME = re.compile("[0-9a-f]{64}")
+BLOB_NAME = re.compile("[0-9a-f]{64}")
 """What else lies beside the blobs is somebody else's."""
 _READ_BYTES = 1024 * 1024
 RANGE_BYTES = 8 * 1024**2
@@ -71,13 +71,13 @@ class FolderStore:
         self._disk = disk
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f"*{_TEMPORARY}"):
-            if _NAME.fullmatch(left_over.stem):
+            if BLOB_NAME.fullmatch(left_over.stem):
                 left_over.unlink()
         # A file that was renamed just before a crash counts as stored: its name must be, too.
         disk.sync_folder(folder)
 
     def names(self) -> list[str]:
-        return [name for name in os.listdir(self._folder) if _NAME.fullmatch(name)]
+        return [name for name in os.listdir(self._folder) if BLOB_NAME.fullmatch(name)]
 
     def size(self, name: str) -> int | None:
         path = self._folder / name
@@ -143,7 +143,7 @@ class ObjectStore:
             self._fs.invalidate_cache()
             listed = self._fs.ls(self._root, detail=False)
         names = (path.rstrip("/").rpartition("/")[2] for path in listed)
-        return [name for name in names if _NAME.fullmatch(name)]
+        return [name for name in names if BLOB_NAME.fullmatch(name)]
 
     def size(self, name: str) -> int | None:
         with _answering():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -20,12 +20,9 @@ import structlog
 
 from coordinator import joblog
 from coordinator.background import Background
-from coordinator.blobs import Blobs
-from coordinator.collector import Collector
 from coordinator.leases import Book, Lease
 from coordinator.ledger import JobLedger
 from coordinator.placement import Member, PipelinePlan, Placement
-from coordinator.ports import Clock, CoordinatorSettings, ModelFacts, Signer
 from coordinator.records import ContributionRecord, JobRecord, Outcome
 from coordinator.results import JobResults, PayloadsDamaged
 from coordinator.round_events import (
@@ -42,6 +39,7 @@ from coordinator.round_events import (
     Unusable,
 )
 from coordinator.round_model import (
+    COUNTING,
     Aggregate,
     Answer,
     Commit,
@@ -59,8 +57,8 @@ from coordinator.round_model import (
     Standing,
 )
 from coordinator.rounds import advance, broken_by, may_repair, recover, refusal
+from coordinator.shared import Shared
 from coordinator.signal import Signal
-from coordinator.storage import Storage
 from swarm.compress import compile_ahead
 from swarm.config import JobSpec, job_from_json
 from swarm.errors import (
@@ -76,29 +74,11 @@ from swarm.wire.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
 
-_COUNTING = (Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
 _VERDICTS = {
     Answer.LATE: pb.VERDICT_LATE,
     Answer.REJECTED: pb.VERDICT_REJECTED,
     Answer.CONFLICT: pb.VERDICT_REJECTED,
 }
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the drivers of all jobs have in common."""
-
-    storage: Storage
-    blobs: Blobs
-    collector: Collector
-    signer: Signer
-    clock: Clock
-    settings: CoordinatorSettings
-    model: ModelFacts
-    placement_lock: asyncio.Lock
-    """Held from looking for idle nodes until they are durably taken."""
-    assignments: Signal
-    """Notified when any node's part may have changed."""
 
 
 class Neighbours(Protocol):
@@ -290,7 +270,7 @@ class JobDriver:
 
     def _absent(self) -> frozenset[str]:
         """Members of the round's pipelines that have left."""
-        counting = self._state.with_standing(*_COUNTING)
+        counting = self._state.with_standing(*COUNTING)
         return self._neighbours.absent(member for pipeline in counting for member in pipeline.members)
 
     def _spares(self, pipeline_ids: list[int], lost: str) -> tuple[PipelinePlan, ...]:
@@ -298,7 +278,7 @@ class JobDriver:
         state = self._state
         if not pipeline_ids or not may_repair(state, self._now()):
             return ()
-        remain = [p for p in state.with_standing(*_COUNTING) if p.pipeline_id not in pipeline_ids]
+        remain = [p for p in state.with_standing(*COUNTING) if p.pipeline_id not in pipeline_ids]
         taken = {member.peer for pipeline in remain for member in pipeline.members}
         return self._neighbours.place(self.job.job_id, frozenset({lost, *taken})).pipelines
 
@@ -395,7 +375,7 @@ class JobDriver:
         """All that `views.assignment`, `views.idle_reason` and `views.finished_adapter` take from a job and that
         changes. A pipeline's members are fixed by its id within a round and lineage."""
         state = self._state
-        counting = tuple(pipeline.pipeline_id for pipeline in state.with_standing(*_COUNTING))
+        counting = tuple(pipeline.pipeline_id for pipeline in state.with_standing(*COUNTING))
         finished_round = self.adapter_round if state.job is JobState.FINISHED else None
         return (
             *(state.job, state.round, state.lineage, counting, state.wrapping, state.scorer),

@@ -16,7 +16,7 @@ from dataclasses import replace
 import structlog
 
 from coordinator.changes import rules_of
-from coordinator.driver import JobDriver, Shared
+from coordinator.driver import JobDriver
 from coordinator.ledger import JobLedger, Stored
 from coordinator.nodes import Nodes
 from coordinator.placement import Member, Placement, Traits, form_pipelines
@@ -25,6 +25,7 @@ from coordinator.remakes import Remakes
 from coordinator.results import JobResults
 from coordinator.round_model import JobState, RoundsState
 from coordinator.rounds import begin
+from coordinator.shared import Shared
 from swarm.config import JobSpec, job_from_json
 from swarm.errors import ConfigError, CorruptData, JobConflict, JobNotFound, ModelMismatch, StorageError
 from swarm.ids import HEAD, block_of

@@ -11,10 +11,11 @@ import asyncio
 from collections.abc import Mapping
 
 from coordinator.changes import changed_spec, rules_of
-from coordinator.driver import JobDriver, Shared
+from coordinator.driver import JobDriver
 from coordinator.round_events import Change, Pause, Resume, Rewind, Stop
 from coordinator.round_model import JobState, OrderKind, Settings
 from coordinator.scoring import best_of
+from coordinator.shared import Shared
 from swarm.config import job_from_json
 from swarm.errors import JobConflict, NotJobOwner
 

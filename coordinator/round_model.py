@@ -35,6 +35,10 @@ class Standing(StrEnum):
     LOST = "lost"
 
 
+COUNTING = (Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+"""Of pipelines of the open round that may still count, or would."""
+
+
 class Answer(StrEnum):
     """What becomes of a contribution."""
 
@@ -197,7 +201,7 @@ class RoundsState:
     @cached_property
     def part_of(self) -> Mapping[str, Pipeline]:
         """By peer: the pipeline of the open round, of those that may still count, or would, that it is a member of."""
-        counting = self.with_standing(Standing.ACTIVE, Standing.WHOLE, Standing.LATE)
+        counting = self.with_standing(*COUNTING)
         return {member.peer: pipeline for pipeline in counting for member in pipeline.members}
 
     def counting_peers(self) -> frozenset[str]:

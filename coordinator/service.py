@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager
 from itertools import islice
 
 from coordinator import views
-from coordinator.driver import JobDriver, Shared
+from coordinator.driver import JobDriver
 from coordinator.intake import Intake
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
 from coordinator.owner import Owner
 from coordinator.records import NodeRecord
 from coordinator.round_model import JobState
+from coordinator.shared import Shared
 from coordinator.signal import wait_until
 from coordinator.turns import Turns
 from swarm.errors import BlobAbsent, ContributionError, CorruptData, FrameTooLarge, InputError, ResourceError, SpanError

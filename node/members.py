@@ -7,11 +7,11 @@ its successor's state is in the same folder.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
+from node.abandon import abandon
 from node.jobstate import JobFolder
 from node.link import Link
 from node.member import Ended, JobMember, Work
@@ -23,7 +23,6 @@ from swarm.compute import Compute, Priority
 from swarm.config import job_from_json
 from swarm.errors import SwarmError
 from swarm.ids import Span
-from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
 log = structlog.get_logger()
@@ -112,24 +111,7 @@ class Members:
         try:
             await member.contribute_and_settle(work, ended)
         except Exception as error:
-            known = error if isinstance(error, SwarmError) else SwarmError(f"settling failed: {type(error).__name__}")
-            log.warning(
-                "round_failed",
-                job=member.job_id,
-                round=work.round,
-                error=str(known),
-                exc_info=None if known is error else error,
-            )
-            # Without effect once the contribution is held; else the round need not wait for it.
-            request = pb.AbandonRequest(
-                job_id=member.job_id,
-                round=work.round,
-                generation=work.generation,
-                pipeline_id=work.pipeline_id,
-                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix, blame=self._peer_id),
-            )
-            with suppress(SwarmError):
-                await self._link.call(lambda client: client.abandon(request))
+            await abandon(self._link, member.job_id, member.job_id, work, error, blame=self._peer_id)
         finally:
             self._let_go(member.job_id)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from node.abandon import abandon
 from node.adapters import AdapterStore
 from node.ahead import Ahead, same_nodes
 from node.datafiles import DataFiles
@@ -31,7 +32,7 @@ from node.serving import NodeModel
 from node.stage_session import StageSession
 from swarm.compute import Compute
 from swarm.data.sources import Samples, open_samples
-from swarm.errors import SessionError, SwarmError
+from swarm.errors import SessionError
 from swarm.ids import Span
 from swarm.metrics import Traffic
 from swarm.net.chain import Chain, TrainingBinding
@@ -228,22 +229,7 @@ class Worker:
             await work
         except Exception as error:
             # Whatever went wrong, the coordinator must know that this pipeline will not deliver.
-            known = error if isinstance(error, SwarmError) else SwarmError(f"the lead failed: {type(error).__name__}")
-            log.warning(
-                "round_failed",
-                job=assignment.job_name,
-                round=assignment.round,
-                error=str(known),
-                exc_info=None if known is error else error,
-            )
-            request = pb.AbandonRequest(
-                job_id=assignment.job_id,
-                round=assignment.round,
-                generation=assignment.generation,
-                pipeline_id=assignment.pipeline_id,
-                reason=common_pb2.Error(code=known.code, cause=known.cause, fix=known.fix, blame=known.blame),
-            )
-            await self._link.call(lambda client: client.abandon(request))
+            await abandon(self._link, assignment.job_id, assignment.job_name, assignment, error)
 
     def _score_if_asked(self, assignment: pb.Assignment) -> None:
         """Once for a committed round, beside the poll."""

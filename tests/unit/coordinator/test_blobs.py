@@ -138,6 +138,15 @@ def test_only_old_and_unreferenced_files_are_collected(blobs: Blobs, clock: Cloc
     assert [blobs.size(x) is None for x in (kept, old, used, fresh)] == [False, True, False, False]
 
 
+def test_what_is_no_upload_of_ours_is_left_alone(tmp_path: Path, blobs: Blobs, clock: Clock) -> None:
+    blobs.put_piece(sha256(b"half"), 4, 0, b"ha")
+    (foreign,) = (path.with_name("notes.txt") for path in tmp_path.glob("**/" + sha256(b"half").hex()))
+    foreign.write_text("somebody else's")
+    clock.now_s += 61
+    assert blobs.collect(()) == 1
+    assert foreign.exists()
+
+
 def test_a_disk_that_refuses_leaves_what_was_committed(tmp_path: Path, clock: Clock) -> None:
     full = False
 
