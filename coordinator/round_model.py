@@ -193,6 +193,10 @@ class RoundsState:
         """Formings of the open round, repairs aside."""
         return len({p.generation for p in self.pipelines if not p.repair})
 
+    def wasted_attempts(self) -> int:
+        """Formings of the open round with a pipeline that sent all of its contributions, in vain."""
+        return len({p.generation for p in self.with_standing(Standing.LOST) if len(p.held) == len(p.members)})
+
     def latest_attempt(self) -> tuple[Pipeline, ...]:
         """The pipelines since the last forming, repairs among them."""
         first = max((p.generation for p in self.pipelines if not p.repair), default=0)

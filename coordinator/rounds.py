@@ -13,7 +13,8 @@ that is not lost is whole and at least one is, or at its deadline with what is w
 is whole, or most of the time is gone, the round asks the others to contribute what they have, and
 waits for them only a little longer. Without a
 whole pipeline by then, or with all of them lost, the next generation is formed in the same
-round; after `fruitless_generations` in a row without one contribution the job pauses.
+round; after `fruitless_generations` in a row without one contribution the job pauses, and
+after as many whose contributions were all damaged before they were aggregated.
 A member whose contribution is held may leave: its part of the work is done. A pipeline that loses a
 node in the first half of a round is formed anew of its other nodes and idle ones where that is
 possible, and trains from the start of the round; later, or without a replacement, the round goes on
@@ -81,6 +82,7 @@ from coordinator.round_steps import (
     obey,
     quorum_whole,
     reopen,
+    rest,
     settle,
     swap,
     timed,
@@ -360,8 +362,16 @@ def _unusable(state: RoundsState, event: Unusable) -> Step:
     if state.with_standing(Standing.WHOLE):
         return state, (*records, Aggregate(state.round))
     state, reopened = reopen(state)
+    wasted = state.wasted_attempts()
     if state.order is not None:
         after, effects = obey(state)
+    elif wasted >= state.rules.fruitless_generations:
+        # Each attempt costs the nodes all its inner steps, and it is the coordinator's disk that fails them.
+        after, effects = rest(
+            state,
+            f"nothing of round {state.round} could be aggregated in {wasted} attempts, the last one: {dropped[-1][1]};"
+            " see to the coordinator's disk, then resume the job",
+        )
     else:
         after, effects = waiting(state, f"pipelines are being formed again: {dropped[-1][1]}")
     return after, (*records, *reopened, *effects)

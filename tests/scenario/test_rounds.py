@@ -458,6 +458,27 @@ SCENARIOS = {
         104 send b to 2 => held b whole, reply held | running 1.2 open
         104 send c to 3 => held c whole, reply held, freeze 2+3, aggregate | running 1.2 frozen
     """,
+    "what is damaged again and again pauses the job": """
+        0 begin         => opened 1, form | waiting 1.0 open
+        0 offer a b     => formed a:0 b:1, job running | running 1.1 open
+        5 send a to 0   => held a whole, reply held | running 1.1 open
+        5 send b to 1   => held b whole, reply held, freeze 0+1, aggregate | running 1.1 frozen
+        6 unusable 0+1  => lost 0, lost 1, reopened, job waiting, form | waiting 1.1 open
+        6 offer a       => formed a:2, job running | running 1.2 open
+        7 lost a        => lost 2, job waiting, form | waiting 1.2 open
+        7 offer a       => formed a:3, job running | running 1.3 open
+        8 send a to 3   => held a whole, job running, reply held, freeze 3, aggregate | running 1.3 frozen
+        9 unusable 3    => lost 3, reopened, job waiting, form | waiting 1.3 open
+        9 offer a       => formed a:4, job running | running 1.4 open
+        10 send a to 4  => held a whole, reply held, freeze 4, aggregate | running 1.4 frozen
+        11 unusable 4   => lost 4, reopened, job paused | paused 1.4 open
+        11 restart      => - | paused 1.4 open
+        12 resume       => job waiting, form | waiting 1.4 open
+        12 offer a      => formed a:5, job running | running 1.5 open
+        13 send a to 5  => held a whole, reply held, freeze 5, aggregate | running 1.5 frozen
+        14 aggregated   => aggregated, commit | running 1.5 aggregated
+        14 commit       => committed 5, open 2 | running 1.5 committed
+    """,
     "a pause of a round that is left without anything": """
         0 begin         => opened 1, form | waiting 1.0 open
         0 offer a       => formed a:0, job running | running 1.1 open
