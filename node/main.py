@@ -64,6 +64,8 @@ class NodeSettings:
     """(name, folder or hub id) of adapters to announce and serve."""
     training_share: float = TRAINING_SHARE
     """Of the computing time, what training keeps while this node serves too; in [0, 1)."""
+    trains: bool = True
+    """Whether the node takes part in the coordinator's jobs, if there is one."""
     peer: PeerSettings = PeerSettings()
 
 
@@ -91,7 +93,7 @@ def pick_dtype(name: str, device: torch.device, trains: bool = False) -> torch.d
     if trains and DTYPES[name] == torch.float16:
         raise InputError(
             "a node that trains cannot hold its blocks in float16: gradients are rounded to zero in it",
-            "choose --dtype bfloat16 or float32; float16 serves in swarms without a coordinator only",
+            "choose --dtype bfloat16 or float32, or serve prompts only with --no-train",
         )
     return DTYPES[name]
 
@@ -112,12 +114,13 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
     """
     use_one_arena()
     device = pick_device(settings.device)
+    trains = settings.trains and bool(settings.join.coordinator)
     choices = Choices(
-        pick_dtype(settings.dtype, device, trains=bool(settings.join.coordinator)),
+        pick_dtype(settings.dtype, device, trains),
         device,
         pick_scheme(settings.quantize, settings.dtype),
         settings.blocks,
-        trains=bool(settings.join.coordinator),
+        trains,
     )
     ledger = Ledger(default_budget(device) if settings.memory_bytes is None else settings.memory_bytes)
     offered = {name: await asyncio.to_thread(read_adapter, source) for name, source in settings.adapters}
@@ -141,7 +144,7 @@ async def run_node(settings: NodeSettings, ready: Callable[[Span, str], None]) -
         for name, files in offered.items():
             adapters.offer(name, files)
         worker = None
-        if settings.join.coordinator:
+        if trains:
             link = Link(settings.join, identity, traffic)
             stack.push_async_callback(link.close)
             worker = Worker(

@@ -110,6 +110,9 @@ def node_start(
         float,
         typer.Option(min=0.0, max=0.9, help="Of the computing time, what training keeps beside serving."),
     ] = TRAINING_SHARE,
+    trains: Annotated[
+        bool, typer.Option("--train/--no-train", help="Take part in the coordinator's jobs, or serve prompts only.")
+    ] = True,
     host: Host = "127.0.0.1",
     port: Port = 0,
     announce: Announce = None,
@@ -151,6 +154,7 @@ def node_start(
             memory_bytes=memory_bytes,
             blocks=blocks,
             training_share=training_share,
+            trains=trains,
             peer=PeerSettings(host=host, port=port, announce=tuple(announce or ())),
         )
 

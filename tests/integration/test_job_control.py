@@ -55,3 +55,16 @@ def test_a_job_is_paused_rewound_changed_and_exported(smollm2: Path, tmp_path: P
         exported = swarm.run_json("job", "export", "tame", "--round", str(rounds - 1), "--out", str(folder))
         assert exported["round"] == rounds - 1
         assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_a_node_that_does_not_train_serves_and_is_given_no_job(smollm2: Path, tmp_path: Path) -> None:
+    """In float16, in which no node trains: without `--no-train` it would be refused (unit/node/test_step)."""
+    job = write_job(tmp_path / "job", "tame", 2, 1, 1)
+    with swarm_of(tmp_path / "swarm", smollm2, {}, coordinator=True) as swarm:
+        swarm.node("whole", "0:30", "--no-train", "--dtype", "float16").event()
+        swarm.run_json("job", "submit", str(job))
+        text = swarm.run_json("generate", "Why is the sky blue?", "--max-new-tokens", "3")
+        assert len(text["tokens"]) == 3
+        status = swarm.run_json("job", "status", "tame")
+        assert (status["state"], status["round"]) == ("waiting", 1)
+        assert "no idle node" in status["reason"]
