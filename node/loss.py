@@ -46,7 +46,7 @@ def label_loss(
     The next-token shift and the mean over the batch's labelled tokens are those of `transformers`'
     causal-LM loss; unlabelled positions are left out before the LM head instead of after it. `share`: the
     part of a batch's labelled tokens that these are (1 changes no bit). `within`: what logits are computed in.
-    `give_way` is called between and after the products of every few positions.
+    `give_way` is called between and after the products of every few positions, and within them (`Head.logits`).
     """
     gradient_BTD = torch.zeros_like(hidden_BTD)
     if share == 0.0:  # no label: a mean over nothing would not be a number
@@ -80,7 +80,7 @@ def _summed_loss(
     with torch.enable_grad():
         hidden = hidden_RD.requires_grad_(True)
         with within:
-            logits_RV = head.logits(hidden)
+            logits_RV = head.logits(hidden, give_way)
         give_way()
         with torch.no_grad():
             # As cross_entropy and its backward pass have it, but in one tensor as wide as the vocabulary instead of

@@ -96,7 +96,7 @@ def summed_loss(
         counted = targets_BT != -100
         hidden_ND, targets_N = hidden_BTD[:, :-1][counted], targets_BT[counted]
         for hidden_RD, targets_R in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
-            logits_RV = head.logits(hidden_RD)
+            logits_RV = head.logits(hidden_RD, give_way)
             total += float(functional.cross_entropy(logits_RV.float(), targets_R, reduction="sum"))
             give_way()
     return total

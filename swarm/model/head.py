@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from swarm.model.checkpoint import Checkpoint
 from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.names import cook
 from swarm.model.norms import use_norm_rows
+from swarm.model.parted import linear_in_parts
 
 
 class _Turn(nn.Module):
@@ -95,9 +97,17 @@ class Head:
             hidden, self._turn.taken = cast(torch.Tensor, self._turn.taken), None
         return hidden.flatten(2)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., width] after the last block to logits [..., V]."""
+    def logits(self, hidden: torch.Tensor, between: Callable[[], None] | None = None) -> torch.Tensor:
+        """Hidden states [..., width] after the last block to logits [..., V].
+
+        `between`: called between parts of the product with the vocabulary, forward and backward, where the family's
+        head is a norm and a linear layer and autocast is off. `hidden` is [N, width] then."""
         if self._plain_head is not None:
+            norm, product = self._plain_head
+            whole = between is None or torch.is_autocast_enabled(self.device.type)
+            if not whole and isinstance(product, nn.Linear):
+                assert between is not None
+                return linear_in_parts(norm(hidden), product, between)
             return cast(torch.Tensor, self._plain_head(hidden))
         lead = hidden.shape[:-1]
         # One token a row: then no mask over the others is made.

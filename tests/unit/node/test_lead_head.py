@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,9 +87,9 @@ async def test_the_loss_takes_no_more_than_its_workspace_at_once(checkpoint: Che
     widest = 0
     logits = head.logits
 
-    def noted(hidden: torch.Tensor) -> torch.Tensor:
+    def noted(hidden: torch.Tensor, between: Callable[[], None]) -> torch.Tensor:
         nonlocal widest
-        found = logits(hidden)
+        found = logits(hidden, between)
         widest = max(widest, found.numel() * 4)
         return found
 

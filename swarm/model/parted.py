@@ -1,0 +1,64 @@
+"""A wide linear layer's product in parts, so that who is served need not wait for the end of it.
+
+A part holds some of the layer's outputs, and takes no more time than its share of the whole (docs/experiments.md).
+Backward sums over the parts in their order, which rounds otherwise than the whole product does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+_PART_PRODUCTS = {"cpu": 2**28, "cuda": 2**38}
+"""Multiplications of a part, about: some 5 ms of one core, of a GPU too."""
+
+
+def linear_in_parts(rows_ND: torch.Tensor, layer: nn.Linear, between: Callable[[], None]) -> torch.Tensor:
+    """`layer(rows_ND)` [N, V]; `between` is called between parts, in the backward pass too.
+
+    The layer's own weights get no gradient, and autocast is not followed.
+    """
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    columns = max(1, _PART_PRODUCTS[rows_ND.device.type] // rows_ND.numel())
+    return cast(torch.Tensor, _InParts.apply(rows_ND, weight, bias, columns, between))  # type: ignore[no-untyped-call]
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        columns: int,
+        between: Callable[[], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight_VD)
+        ctx.columns, ctx.between = columns, between
+        output_NV = rows_ND.new_empty((len(rows_ND), len(weight_VD)))
+        for part in _parts(len(weight_VD), columns, between):
+            torch.mm(rows_ND, weight_VD[part].T, out=output_NV[:, part])
+        return output_NV if bias_V is None else output_NV.add_(bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None, None, None, None]:
+        (grad_NV,) = gradients
+        (weight_VD,) = ctx.saved_tensors
+        # A sum of narrow parts in float32: each would round what was there before.
+        grad_ND = torch.zeros((len(grad_NV), weight_VD.shape[1]), dtype=torch.float32, device=grad_NV.device)
+        for part in _parts(len(weight_VD), ctx.columns, ctx.between):
+            if grad_NV.dtype == torch.float32:
+                grad_ND.addmm_(grad_NV[:, part], weight_VD[part])
+            else:
+                grad_ND.add_(grad_NV[:, part] @ weight_VD[part])
+        return grad_ND.to(grad_NV.dtype), None, None, None, None
+
+
+def _parts(length: int, size: int, between: Callable[[], None]) -> Iterator[slice]:
+    for start in range(0, length, size):
+        if start:
+            between()
+        yield slice(start, min(start + size, length))
