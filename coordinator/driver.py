@@ -309,6 +309,11 @@ class JobDriver:
             self._publish(state, effects)
             return next((effect for effect in effects if isinstance(effect, Reply)), None)
 
+    async def caught_up(self) -> None:
+        """Return once the visible state is as new as what anyone can have read from the database before."""
+        async with self._lock:
+            await self._be_certain()
+
     async def _be_certain(self) -> None:
         """After a failed write, learn from the database whether it happened."""
         if self._background.stopping:

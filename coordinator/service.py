@@ -232,6 +232,8 @@ class CoordinatorService:
             lines = await asyncio.to_thread(storage.log, job_id, request.after, _MAX_LINES)
             if not lines and not ended:
                 return None
+            # Lines are durable before the state that they tell of is visible: who reads them may act on it.
+            await driver.caught_up()
             finished = ended and len(lines) < _MAX_LINES
             return pb.JobLogReply(lines=[views.log_line(line) for line in lines], finished=finished)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
 from coordinator_sim import TWO_PIPELINES, SimNode, job_spec, submit
 from coordinator_swarm import ONE, opened
 
@@ -71,3 +74,32 @@ async def test_whatever_changes_in_a_poll_wakes_it(tmp_path: Path) -> None:
         adapters = {tuple(a.round for a in (await node.poll()).adapters) for node in asked}
         assert adapters == {(3,)}
         assert len(seen) > 3 * len(nodes)
+
+
+async def test_a_log_never_runs_ahead_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads that a job is paused finds it paused: it would wait for a line that never comes."""
+    async with opened(tmp_path) as swarm:
+        await swarm.join(*TWO_PIPELINES)
+        await submit(swarm.service, "me", job_spec(schedule=ONE | {"min_pipelines": 9}))
+        stored, go_on = threading.Event(), threading.Event()
+        store = swarm.driver.ledger.store
+
+        def store_and_stop(*args: Any) -> Any:
+            try:
+                return store(*args)
+            finally:
+                stored.set()
+                go_on.wait()
+
+        monkeypatch.setattr(swarm.driver.ledger, "store", store_and_stop)
+        pausing = asyncio.create_task(swarm.service.pause_job("me", POEMS))
+        try:
+            await asyncio.to_thread(stored.wait)
+            reading = asyncio.create_task(swarm.service.job_log("me", pb.JobLogRequest(job="poems")))
+            early, _ = await asyncio.wait({reading}, timeout=0.3)
+            assert not early
+        finally:
+            go_on.set()
+        assert (await reading).lines[-1].kind == "job_paused"
+        assert swarm.driver.state.job is JobState.PAUSED
+        await pausing
