@@ -257,6 +257,7 @@ async def test_an_abandoned_pipeline_is_formed_again_on_the_same_samples(swarm: 
     await swarm.round("a", "b")
     assert (before.generation, lead.leased[1, 2]) == (1, [(0, 6)])
     assert stage.receipts[1].verdict == pb.VERDICT_ACCEPTED
+    await swarm.until(lambda: swarm.driver.state.round == 2)
     with pytest.raises(ContributionError, match="generation 1"):
         await swarm.service.lease(lead.peer, pb.LeaseRequest(job_id=part.job_id, round=1, generation=1))
 
