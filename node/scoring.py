@@ -88,7 +88,7 @@ def summed_loss(
 ) -> float:
     """Cross-entropy summed over the labelled positions, shifted as `transformers` shifts them.
 
-    `give_way` is called after every few positions.
+    `give_way` is called after every few positions, and within their products (`Head.logits`).
     """
     total, rows = 0.0, rows_at_once(head.vocabulary, hidden_BTD.device)
     with torch.inference_mode():

@@ -104,9 +104,8 @@ class Head:
         head is a norm and a linear layer and autocast is off. `hidden` is [N, width] then."""
         if self._plain_head is not None:
             norm, product = self._plain_head
-            whole = between is None or torch.is_autocast_enabled(self.device.type)
-            if not whole and isinstance(product, nn.Linear):
-                assert between is not None
+            narrowed = torch.is_autocast_enabled(self.device.type)
+            if between is not None and isinstance(product, nn.Linear) and not narrowed:
                 return linear_in_parts(norm(hidden), product, between)
             return cast(torch.Tensor, self._plain_head(hidden))
         lead = hidden.shape[:-1]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 _PART_PRODUCTS = {"cpu": 2**28, "cuda": 2**38}
-"""Multiplications of a part, about: some 5 ms of one core, of a GPU too."""
+"""Multiplications of a part, about: some 5 ms of one core; for a GPU by calculation."""
 
 
 def linear_in_parts(rows_ND: torch.Tensor, layer: nn.Linear, between: Callable[[], None]) -> torch.Tensor:
