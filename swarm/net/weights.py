@@ -60,9 +60,8 @@ async def serve_weights(
     async def handle(stream: FrameStream[pb.WeightsFrame]) -> None:
         nonlocal busy
         if busy >= streams:
-            await _refuse(
-                stream, Busy(f"this node sends weights to {busy} others already", "ask another node, or wait")
-            )
+            taken = Busy(f"this node sends weights to {busy} others already", "ask another node, or wait")
+            await _turn_away(stream, taken)
             return
         busy += 1
         try:
