@@ -432,9 +432,7 @@ class JobDriver:
             await self._apply(AggregateDone(round), outcome=outcome)
 
     async def _commit(self, round: int) -> None:
-        outcome = await asyncio.to_thread(self._shared.storage.outcome, self.job.job_id, round)
-        if outcome is None:
-            raise StorageError(f"the database lacks the outcome of round {round}")
+        outcome = await asyncio.to_thread(self._shared.storage.outcomes.of, self.job.job_id, round)
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
         await self._apply(CommitNow(round, self._now(), self._absent()))

@@ -186,7 +186,7 @@ class Jobs:
         kept = {*range(max(0, committed - shared.settings.kept_rounds + 1), committed + 1)}
         if stored.state.best is not None:
             kept.add(stored.state.best.round)
-        outcomes = {round: shared.storage.outcome(job.job_id, round) for round in kept}
+        outcomes = {round: shared.storage.outcomes.find(job.job_id, round) for round in kept}
         # After a rewind, older rounds than the kept ones are known but no longer here. The newest one is what the job
         # goes on from: a file of it that is gone is made again when it is asked for.
         published = {
@@ -268,20 +268,24 @@ class Jobs:
             driver.node_lost(peer, reason)
 
     async def remake(self, blob: bytes) -> bool:
-        """Make a blob of a kept round again that is damaged or gone; False: it is of none.
+        """Make a blob of a committed round again: of a kept one any, of an older one a file of its adapter.
 
-        Raises CorruptData: what it was made of is damaged or gone, too; StorageError.
+        False: it is neither. Raises CorruptData: what it was made of is damaged or gone, too; StorageError.
         """
         # The newest round first: older ones lack their contributions.
-        kept_in = [
+        found = [
             (driver, round)
             for driver in self._drivers.values()
             for round in sorted(driver.published, reverse=True)
             if blob in driver.published[round].blobs
         ]
+        if found:
+            log.error("blob_damaged", job=found[0][0].job.name, round=found[0][1], blob=blob.hex()[:12])
+        else:
+            past = await asyncio.to_thread(self._shared.storage.outcomes.with_file, blob)
+            found = [(self._drivers[job_id], round) for job_id, round in past if job_id in self._drivers]
         failed: CorruptData | None = None
-        for driver, round in kept_in:
-            log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
+        for driver, round in found:
             try:
                 await self._remakes.remake(driver.results, round, blob)
             except CorruptData as error:

@@ -86,7 +86,7 @@ class JobLedger:
         with self._storage.transaction("job"):
             self._storage.insert_job(job, state.job, state.reason)
             self._storage.insert_round(self._job_id, 0, Phase.COMMITTED, now)
-            self._storage.insert_outcome(self._job_id, 0, outcome)
+            self._storage.outcomes.insert(self._job_id, 0, outcome)
             self._storage.insert_round(self._job_id, state.round, state.phase, now)
             self._storage.append_log(self._job_id, joblog.submitted(job.submitter), now, self._settings.kept_events)
 
@@ -171,7 +171,7 @@ class JobLedger:
                     storage.set_standing(job_id, round, pipeline_id, Standing.LOST, _LATE.format(round))
             case RoundAggregated(round):
                 assert outcome is not None, "an aggregated round comes with its outcome"
-                storage.insert_outcome(job_id, round, outcome)
+                storage.outcomes.insert(job_id, round, outcome)
                 storage.set_phase(job_id, round, Phase.AGGREGATED)
             case RoundCommitted(round, accepted):
                 book = self._commit(book, round, accepted)
@@ -226,8 +226,7 @@ class JobLedger:
             book, lease = leases.close(book, round, pipeline_id, steps * self._step_positions)
             if lease is not None:
                 self._storage.set_lease(self._job_id, lease)
-        outcome = self._storage.outcome(self._job_id, round)
-        assert outcome is not None, "the outcome is stored before the round is committed"
+        outcome = self._storage.outcomes.of(self._job_id, round)
         previous = self._storage.log_entry(self._job_id, round - 1)
         link = previous.entry_hash if previous else b""
         entry = log_entry_hash(link, self._job_id, round, sent, outcome.params_hash)

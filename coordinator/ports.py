@@ -114,7 +114,7 @@ class CoordinatorSettings:
     blob_grace_s: float = 3600.0
     """An unreferenced blob lives for so long after its last use (blobs)."""
     kept_rounds: int = 3
-    """Updates, snapshots and adapters of so many newest rounds are kept (garbage collection)."""
+    """Outer states, snapshots and adapters of so many newest rounds are kept (garbage collection)."""
     kept_events: int = 5000
     """Newest lines of a job's log that are kept (ledger)."""
     max_jobs: int = 1000

@@ -2,7 +2,8 @@
 
 In: the durable rows of a job and its blobs. Out: an `Outcome` whose blobs are on disk, not yet
 referenced by a row; doing it again writes the same bytes. A damaged newest outer state is made
-again from the one before. Every method blocks; nothing here decides what counts.
+again from the one before, any round's snapshot and adapter from the updates (`coordinator.replay`). Every method
+blocks; nothing here decides what counts.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from coordinator.blobs import Blobs
 from coordinator.placement import Member
 from coordinator.ports import ModelFacts
 from coordinator.records import AdapterFile, BlockPiece, Outcome
+from coordinator.replay import Replay
 from coordinator.round_model import Pipeline, Standing
 from coordinator.storage import Storage
 from swarm.compress import FrameContext, decode
 from swarm.config import JobSpec
 from swarm.errors import BlobAbsent, BlobStoreAway, CodecError, ContributionError, CorruptData, StorageError
 from swarm.ids import HEAD, block_of, sha256
+from swarm.optim.params import by_block, pack_block
 
 Shape = tuple[int, ...]
 log = structlog.get_logger()
@@ -76,12 +79,37 @@ class JobResults:
 
     def initial(self) -> Outcome:
         """Round 0."""
-        params = self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
-        return self._keep(initial_round(params))
+        return self._keep(initial_round(self._initial()))
 
-    def remake(self, storage: Storage, round: int) -> Outcome:
-        """Write the blobs of a committed round again. Raises StorageError, CorruptData: what it came from is gone."""
-        return self.aggregate(storage, round) if round else self.initial()
+    def _initial(self) -> dict[str, NDArray[np.float32]]:
+        return self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
+
+    def remake(self, storage: Storage, round: int, blob: bytes) -> None:
+        """Write a blob of a committed round again. Raises StorageError, CorruptData: what it came from is gone.
+
+        Updates are here of every round, contributions of the newest alone: of others only what follows from the
+        parameters can be made, which is the snapshot and the adapter.
+        """
+        outcome = storage.outcomes.of(self.job_id, round)
+        if round == 0:
+            self.initial()
+        elif blob in (outcome.state_blob, outcome.update_blob):
+            self.aggregate(storage, round)
+        else:
+            try:
+                self._replay(storage, round)
+            except CorruptData as lost:
+                try:
+                    self.aggregate(storage, round)
+                except (BlobAbsent, CorruptData) as error:
+                    raise lost from error
+
+    def _replay(self, storage: Storage, round: int) -> None:
+        params = Replay(storage, self._blobs, self.job_id, self.shapes, self._initial).parameters(round)
+        self._keep_adapter(params)
+        # Not only for nodes: a round after this one, if it is asked for next, is made from here.
+        blocks = by_block(params).values()
+        self._blobs.put(b"".join(pack_block({key: params[key] for key in keys}) for keys in blocks))
 
     def aggregate(self, storage: Storage, round: int) -> Outcome:
         """The outcome of a frozen round. Raises PayloadsDamaged (of this round), StorageError, CorruptData."""
@@ -98,9 +126,7 @@ class JobResults:
         return sent
 
     def _compute(self, storage: Storage, round: int, state: OuterState) -> RoundResult:
-        before = storage.outcome(self.job_id, round - 1)
-        if before is None:
-            raise StorageError(f"the database lacks the outcome of round {round - 1}")
+        before = storage.outcomes.of(self.job_id, round - 1)
         context = FrameContext(self.job_id, round, before.params_hash)
         accepted = [p for p in storage.pipelines(self.job_id, round) if p.standing is Standing.WHOLE]
         sent = sorted((held.peer, held.payload, p.members, p.pipeline_id) for p in accepted for held in p.held)
@@ -132,9 +158,7 @@ class JobResults:
         return {member.peer: by_id[p.pipeline_id] for p in accepted for member in p.members}
 
     def _outer_state(self, storage: Storage, round: int) -> OuterState:
-        outcome = storage.outcome(self.job_id, round)
-        if outcome is None:
-            raise StorageError(f"the database lacks the outcome of round {round}")
+        outcome = storage.outcomes.of(self.job_id, round)
         try:
             return OuterState.unpack(self._blobs.read(outcome.state_blob))
         except BlobStoreAway:
@@ -152,11 +176,8 @@ class JobResults:
 
     def _remake(self, storage: Storage, round: int) -> bytes:
         if round == 0:
-            params = self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
-            return initial_round(params).state.pack()
-        earlier = storage.outcome(self.job_id, round - 1)
-        if earlier is None:
-            raise StorageError(f"the database lacks the outcome of round {round - 1}")
+            return initial_round(self._initial()).state.pack()
+        earlier = storage.outcomes.of(self.job_id, round - 1)
         state = OuterState.unpack(self._blobs.read(earlier.state_blob))
         return self._compute(storage, round, state).state.pack()
 
@@ -179,7 +200,6 @@ class JobResults:
             )
             update_offset += len(block.frame)
             snapshot_offset += len(block.snapshot)
-        exported = self._model.adapters.export(self.spec.method, result.state.params, self._model.name)
         return Outcome(
             params_hash=result.params_hash,
             state_blob=self._blobs.put(result.state.pack()),
@@ -188,7 +208,11 @@ class JobResults:
             snapshot_blob=self._blobs.put(b"".join(block.snapshot for block in result.blocks)),
             snapshot_size=snapshot_offset,
             blocks=tuple(pieces),
-            files=tuple(
-                AdapterFile(name, self._blobs.put(exported[name]), len(exported[name])) for name in sorted(exported)
-            ),
+            files=self._keep_adapter(result.state.params),
+        )
+
+    def _keep_adapter(self, params: Mapping[str, NDArray[np.float32]]) -> tuple[AdapterFile, ...]:
+        exported = self._model.adapters.export(self.spec.method, params, self._model.name)
+        return tuple(
+            AdapterFile(name, self._blobs.put(exported[name]), len(exported[name])) for name in sorted(exported)
         )

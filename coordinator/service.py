@@ -19,12 +19,21 @@ from coordinator.intake import Intake
 from coordinator.jobs import Jobs
 from coordinator.nodes import Nodes
 from coordinator.owner import Owner
-from coordinator.records import NodeRecord
+from coordinator.records import AdapterFile, NodeRecord
 from coordinator.round_model import JobState
 from coordinator.shared import Shared
 from coordinator.signal import wait_until
 from coordinator.turns import Turns
-from swarm.errors import BlobAbsent, ContributionError, CorruptData, FrameTooLarge, InputError, ResourceError, SpanError
+from swarm.errors import (
+    BlobAbsent,
+    ContributionError,
+    CorruptData,
+    FrameTooLarge,
+    InputError,
+    JobConflict,
+    ResourceError,
+    SpanError,
+)
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
 from swarm.wire.version import check_hello
@@ -192,7 +201,7 @@ class CoordinatorService:
         return pb.ListJobsReply(jobs=[await self._status(d, _LISTED_HISTORY) for d in newest], nodes=nodes)
 
     async def get_job(self, caller: str, request: pb.GetJobRequest) -> pb.JobStatus:
-        """Raises JobNotFound, JobConflict: the adapter of that round is not kept."""
+        """Raises JobNotFound, JobConflict: there is no such round."""
         driver = self._jobs.find(request.job)
         wanted = request.adapter_round if request.HasField("adapter_round") else None
         return await self._status(driver, adapter_round=wanted)
@@ -294,12 +303,24 @@ class CoordinatorService:
     ) -> pb.JobStatus:
         if adapter_round is None:
             adapter_round = driver.adapter_round
-        else:
-            driver.outcome_of(adapter_round)
+        elif not 1 <= adapter_round <= driver.committed_round:
+            raise JobConflict(
+                f"job {driver.job.name} has not committed a round {adapter_round}",
+                f"the newest that it has is {driver.committed_round}",
+            )
+        files = await self._adapter_files(driver, adapter_round) if adapter_round else ()
         storage, job_id = self._shared.storage, driver.job.job_id
         history = await asyncio.to_thread(storage.history, job_id, rounds)
         totals = await asyncio.to_thread(storage.totals, job_id)
-        return views.job_status(driver, self._nodes, history, totals, self._shared.clock.unix(), adapter_round)
+        unix_s = self._shared.clock.unix()
+        return views.job_status(driver, self._nodes, history, totals, unix_s, adapter_round, files)
+
+    async def _adapter_files(self, driver: JobDriver, round: int) -> tuple[AdapterFile, ...]:
+        """Of a committed round. They are made when they are read, if they are not kept (`Jobs.remake`)."""
+        outcome = driver.published.get(round)
+        if outcome is None:
+            outcome = await asyncio.to_thread(self._shared.storage.outcomes.find, driver.job.job_id, round)
+        return outcome.files if outcome is not None else ()  # it may have been discarded in between
 
     def _note(self, caller: str, request: pb.PollRequest) -> None:
         """Keep what a node says of itself; progress only of a job it leads, so that it is bounded."""

@@ -1,4 +1,4 @@
-"""Typed access to the coordinator's database: the only module with SQL on its tables.
+"""Typed access to the coordinator's database: with `coordinator.outcomes` the only module with SQL on its tables.
 
 Reads return frozen values; writes happen inside `with storage.transaction(name)` and become
 durable together. Nothing is decided here. Raises StorageError. Every method blocks.
@@ -16,17 +16,15 @@ from coordinator.database import Database
 from coordinator.deadline import RECENT
 from coordinator.disk import Halt
 from coordinator.leases import Lease, LeaseState, Range
+from coordinator.outcomes import Outcomes
 from coordinator.placement import Member
 from coordinator.records import (
-    AdapterFile,
-    BlockPiece,
     ContributionRecord,
     JobRecord,
     JobTotals,
     LogEntry,
     LogLine,
     NodeRecord,
-    Outcome,
     RoundSummary,
 )
 from coordinator.round_model import (
@@ -54,6 +52,7 @@ class Storage:
 
     def __init__(self, data_dir: Path, durable_point: Callable[[str], None], halt: Halt | None = None) -> None:
         self._db = Database(data_dir, durable_point, halt or Halt())
+        self.outcomes = Outcomes(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -340,53 +339,7 @@ class Storage:
             *(lease.state.value, lease.round, lease.pipeline_id, int(lease.ahead), job_id, lease.lease_id),
         )
 
-    # --- results ------------------------------------------------------------------------------
-
-    def insert_outcome(self, job_id: str, round: int, o: Outcome) -> None:
-        self._db.write(
-            "INSERT INTO outcome VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            *(job_id, round, o.params_hash, o.state_blob, o.update_blob, o.update_size),
-            *(o.snapshot_blob, o.snapshot_size),
-        )
-        self._db.write_many(
-            "INSERT INTO outcome_block VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    *(job_id, round, position, b.block, b.params_hash, b.update_offset, b.update_length),
-                    *(b.update_sha256, b.snapshot_offset, b.snapshot_length, b.snapshot_sha256),
-                )
-                for position, b in enumerate(o.blocks)
-            ],
-        )
-        self._db.write_many(
-            "INSERT INTO adapter_file VALUES (?, ?, ?, ?, ?)",
-            [(job_id, round, f.name, f.sha256, f.size) for f in o.files],
-        )
-
-    def outcome(self, job_id: str, round: int) -> Outcome | None:
-        found = self._read(
-            "SELECT params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size"
-            " FROM outcome WHERE job_id = ? AND round = ?",
-            *(job_id, round),
-        )
-        if not found:
-            return None
-        blocks = self._read(
-            "SELECT block, params_hash, update_offset, update_length, update_sha256, snapshot_offset,"
-            " snapshot_length, snapshot_sha256 FROM outcome_block WHERE job_id = ? AND round = ?"
-            " ORDER BY position",
-            *(job_id, round),
-        )
-        files = self._read(
-            "SELECT name, sha256, size FROM adapter_file WHERE job_id = ? AND round = ? ORDER BY name",
-            *(job_id, round),
-        )
-        params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size = found[0]
-        return Outcome(
-            *(params_hash, state_blob, update_blob, update_size, snapshot_blob, snapshot_size),
-            tuple(BlockPiece(*row) for row in blocks),
-            tuple(AdapterFile(*row) for row in files),
-        )
+    # --- rounds that ended ---------------------------------------------------------------------
 
     def commit_round(self, job_id: str, entry: LogEntry, committed_unix_s: float) -> None:
         self._db.write(
@@ -468,7 +421,8 @@ class Storage:
         """Every blob that a job still needs, or that its nodes may still ask for.
 
         Payloads go back one committed round, so that the newest outer state can be made again; outer
-        states at least that far, since a job may be rewound to any kept round.
+        states at least that far, since a job may be rewound to any kept round. Updates are kept of every
+        round: its adapter can be made from them (coordinator.replay).
         """
         return {
             sha256
@@ -480,14 +434,12 @@ class Storage:
                 "  WHERE contribution.round >= newest.round"
                 " UNION SELECT state_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round >= newest.round - 1 OR outcome.round > newest.round - ?1"
-                " UNION SELECT update_blob FROM outcome JOIN newest USING (job_id)"
-                "  WHERE outcome.round > newest.round - ?1"
+                " UNION SELECT update_blob FROM outcome"
                 " UNION SELECT snapshot_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round > newest.round - ?1"
                 " UNION SELECT sha256 FROM adapter_file JOIN newest USING (job_id)"
                 "  WHERE adapter_file.round > newest.round - ?1"
                 " UNION SELECT state_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
-                " UNION SELECT update_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
                 " UNION SELECT snapshot_blob FROM outcome JOIN job USING (job_id) WHERE outcome.round = best_round"
                 " UNION SELECT sha256 FROM adapter_file JOIN job USING (job_id) WHERE adapter_file.round = best_round",
                 kept_rounds,

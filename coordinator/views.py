@@ -131,11 +131,11 @@ def job_status(
     totals: JobTotals,
     now_unix_s: float,
     adapter_round: int,
+    files: Sequence[AdapterFile],
 ) -> pb.JobStatus:
-    """`adapter_round` is the kept round whose adapter is named; 0 for none."""
+    """`files` are the adapter's of `adapter_round`; 0 for none."""
     state, job = driver.state, driver.job
     inner_steps = driver.spec.schedule.inner_steps
-    outcome = driver.published.get(adapter_round)
     progress = _progress(driver, nodes)
     return pb.JobStatus(
         job_id=job.job_id,
@@ -152,7 +152,7 @@ def job_status(
         ddp_bf16_bytes=totals.accepted_pipeline_rounds * inner_steps * job.trainable_parameters * _BF16_BYTES,
         history=[_round_status(summary, progress, now_unix_s) for summary in history],
         progress=progress,
-        adapter=_files(outcome.files) if outcome is not None and adapter_round else (),
+        adapter=_files(files),
         adapter_round=adapter_round,
         spec_json=job.spec_json,
         kept_rounds=[round for round in driver.kept_rounds if round],

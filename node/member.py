@@ -35,12 +35,13 @@ from node.jobstate import JobFolder, PendingContribution, SavedState
 from node.link import Link
 from node.stage import AdapterStage
 from swarm.adapters.registry import ModelAdapters, Parameters
-from swarm.compress import FrameContext, compress_with_feedback, decode
+from swarm.compress import FrameContext, compress_with_feedback
 from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
 from swarm.errors import CodecError, CorruptData, JobConflict
 from swarm.ids import Span, block_of, sha256
 from swarm.optim.params import block_hash, by_block, hash_all, params_hash, unpack_block
+from swarm.optim.update import updated_block
 from swarm.wire.v1 import common_pb2
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -312,15 +313,10 @@ class JobMember:
         result: Parameters = {}
         for block, keys in by_block(self._reference).items():
             before = {key: self._reference[key] for key in keys}
-            if block in frames:  # a block that nobody sent did not change and is not in the update
-                _, frame = frames[block]
-                context = FrameContext(self.job_id, update.round, block_hash(before))
-                shapes = {key: value.shape for key, value in before.items()}
-                decoded = await asyncio.to_thread(decode, frame, shapes, context)
-                before = {key: before[key] + decoded[key] for key in keys}
-            if block_hash(before) != hashes.get(block):
-                raise CorruptData(f"block {block} has other parameters than the coordinator after round {update.round}")
-            result |= before
+            # A block that nobody sent did not change and is not in the update.
+            frame = frames[block][1] if block in frames else b""
+            expected = hashes.get(block, b"")
+            result |= await asyncio.to_thread(updated_block, block, before, frame, self.job_id, update.round, expected)
         return result
 
     async def _take_snapshot(self, update: pb.OuterUpdate) -> None:

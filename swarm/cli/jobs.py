@@ -195,7 +195,7 @@ def status(
             say(f"  best held-out loss {found.best_loss:.4f}, of round {found.best_round}")
         if found.kept_rounds:
             kept = ", ".join(str(number) for number in found.kept_rounds)
-            say(f"  kept rounds, to resume from or to export: {kept}")
+            say(f"  kept rounds, to resume from: {kept}; any committed round can be exported")
         if found.next_spec_json:
             say("  changed settings take effect when pipelines are next formed")
         if found.contribution_bytes:
@@ -210,12 +210,14 @@ def export(
     job: JobName,
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist yet.")],
     join: Join,
-    round: Annotated[int | None, typer.Option("--round", help="A kept round instead of the job's own choice.")] = None,
+    round: Annotated[
+        int | None, typer.Option("--round", help="Any committed round; default: the job's own choice.")
+    ] = None,
     data_dir: DataDirOption = None,
     as_json: Json = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Write the adapter of a job as PEFT's two files: of its newest round, or of a kept one."""
+    """Write the adapter of a job as PEFT's two files: of its newest round, or of any before."""
 
     async def main() -> None:
         async def action(client: CoordinatorClient) -> tuple[pb.JobStatus, dict[str, bytes]]:

@@ -78,7 +78,7 @@ async def test_a_job_from_submission_to_adapter(tmp_path: Path) -> None:
         link = b""
         for number in (1, 2):
             entry = storage.log_entry(status.job_id, number)
-            outcome = storage.outcome(status.job_id, number)
+            outcome = storage.outcomes.find(status.job_id, number)
             assert entry is not None
             assert outcome is not None
             sent = storage.contributions(status.job_id, number)
@@ -464,7 +464,7 @@ async def test_old_rounds_make_room(tmp_path: Path) -> None:
             swarm.clock.advance(2)
     # Closing waits for the removal after the last round.
     storage = Storage(tmp_path, lambda name: None)
-    outcomes = [storage.outcome(job_id, number) for number in range(4)]
+    outcomes = [storage.outcomes.find(job_id, number) for number in range(4)]
     left = {bytes.fromhex(path.name) for path in (tmp_path / "blobs" / "whole").iterdir()}
     assert [o is not None and o.state_blob in left for o in outcomes] == [False, False, True, True]
     assert [o is not None and o.snapshot_blob in left for o in outcomes] == [False, False, False, True]

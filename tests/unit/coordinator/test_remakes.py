@@ -99,8 +99,9 @@ async def test_what_cannot_be_made_again_says_why(tmp_path: Path) -> None:
     async with opened(tmp_path) as swarm:
         await _train(swarm, 1)
         held = swarm.coordinator._shared.storage.contributions(swarm.driver.job.job_id, 1)
-        snapshot = swarm.driver.published[1].snapshot_blob
-        for blob in (held[0].payload, snapshot):
+        outcome = swarm.driver.published[1]
+        snapshot = outcome.snapshot_blob
+        for blob in (held[0].payload, snapshot, outcome.update_blob):
             _harm(tmp_path / "blobs" / "whole" / blob.hex(), "gone")
         with pytest.raises(CorruptData, match=r"round 1 are damaged or gone and cannot be made again: .* is no blob"):
             await swarm.service.get_piece("me", pb.GetPieceRequest(sha256=snapshot, length=1))

@@ -57,7 +57,7 @@ def _with_job(storage: Storage) -> None:
     with storage.transaction("job"):
         storage.insert_job(JOB, JobState.WAITING, "why")
         storage.insert_round("j1", 0, Phase.COMMITTED, 1.0)
-        storage.insert_outcome("j1", 0, _outcome(0))
+        storage.outcomes.insert("j1", 0, _outcome(0))
         storage.insert_round("j1", 1, Phase.OPEN, 2.0)
         storage.insert_pipelines("j1", 1, 1, [Pipeline(0, 1, MEMBERS)])
 
@@ -80,8 +80,8 @@ def test_a_round_is_read_back_after_reopening(tmp_path: Path) -> None:
     assert storage.jobs() == [JOB]
     assert storage.contributions("j1", 1) == [_contribution("b")]
     assert storage.leases("j1") == [lease]
-    assert storage.outcome("j1", 0) == _outcome(0)
-    assert storage.outcome("j1", 1) is None
+    assert storage.outcomes.find("j1", 0) == _outcome(0)
+    assert storage.outcomes.find("j1", 1) is None
     assert [node.addrs for node in storage.nodes()] == [("/ip4/1.2.3.4",)]
     with storage.transaction("end"):
         storage.set_lease("j1", replace(lease, state=LeaseState.CLOSED))
@@ -136,7 +136,7 @@ def test_history_and_totals(tmp_path: Path) -> None:
         for peer in ("a", "b"):
             storage.insert_contribution("j1", _contribution(peer))
         storage.set_standing("j1", 1, 0, Standing.WHOLE)
-        storage.insert_outcome("j1", 1, _outcome(1))
+        storage.outcomes.insert("j1", 1, _outcome(1))
         storage.commit_round("j1", LogEntry(1, b"hash", b"signature"), 12.0)
         storage.insert_round("j1", 2, Phase.OPEN, 13.0)
     first, second = storage.history("j1", 10)
@@ -156,15 +156,16 @@ def test_what_is_still_needed(tmp_path: Path) -> None:
     _with_job(storage)
     with storage.transaction("rounds"):
         storage.insert_contribution("j1", _contribution("a"))
-        storage.insert_outcome("j1", 1, _outcome(1))
+        storage.outcomes.insert("j1", 1, _outcome(1))
         for number in (2, 3):
             storage.insert_round("j1", number, Phase.COMMITTED, 2.0)
-            storage.insert_outcome("j1", number, _outcome(number))
+            storage.outcomes.insert("j1", number, _outcome(number))
     kept = storage.referenced_blobs(2)
     outcomes = [_outcome(number) for number in range(4)]
     assert JOB.dataset in kept
     assert _contribution("a").payload not in kept
     assert [o.state_blob in kept for o in outcomes] == [False, False, True, True]
+    assert [o.update_blob in kept for o in outcomes] == [True, True, True, True]
     assert [o.snapshot_blob in kept for o in outcomes] == [False, False, True, True]
     assert [o.files[0].sha256 in kept for o in outcomes] == [False, False, True, True]
     with storage.transaction("finished"):
