@@ -19,6 +19,7 @@ from coordinator.changes import rules_of
 from coordinator.driver import JobDriver
 from coordinator.ledger import JobLedger, Stored
 from coordinator.nodes import Nodes
+from coordinator.past import PastRounds
 from coordinator.placement import Member, Placement, Traits, form_pipelines
 from coordinator.records import JobRecord, Outcome
 from coordinator.remakes import Remakes
@@ -42,6 +43,7 @@ class Jobs:
         self._drivers: dict[str, JobDriver] = {}
         self._submitting = asyncio.Lock()
         self._remakes = Remakes(shared.storage, shared.blobs)
+        self._past = PastRounds(shared.storage, shared.settings.making_wait_s)
 
     async def recover(self) -> None:
         """Read every job back and go on with it. Raises ModelMismatch: they are of another base model."""
@@ -62,6 +64,7 @@ class Jobs:
         for driver in self._drivers.values():
             await driver.stop()
         await self._remakes.stop()
+        await self._past.stop()
 
     def all(self) -> list[JobDriver]:
         """In the order of submission."""
@@ -192,7 +195,7 @@ class Jobs:
         published = {
             round: outcome
             for round, outcome in outcomes.items()
-            if outcome is not None and (round == committed or shared.blobs.size(outcome.snapshot_blob) is not None)
+            if outcome is not None and (round == committed or shared.blobs.size(outcome.state_blob) is not None)
         }
         results = self._results(job, spec, shared.model.adapters.shapes(spec.method))
         return self._driver(job, spec, results, ledger, stored, published)
@@ -268,24 +271,20 @@ class Jobs:
             driver.node_lost(peer, reason)
 
     async def remake(self, blob: bytes) -> bool:
-        """Make a blob of a committed round again: of a kept one any, of an older one a file of its adapter.
+        """Make a blob of a kept round again that is damaged or gone; False: it is of none.
 
-        False: it is neither. Raises CorruptData: what it was made of is damaged or gone, too; StorageError.
+        Raises CorruptData: what it was made of is damaged or gone, too; StorageError.
         """
         # The newest round first: older ones lack their contributions.
-        found = [
+        kept_in = [
             (driver, round)
             for driver in self._drivers.values()
             for round in sorted(driver.published, reverse=True)
             if blob in driver.published[round].blobs
         ]
-        if found:
-            log.error("blob_damaged", job=found[0][0].job.name, round=found[0][1], blob=blob.hex()[:12])
-        else:
-            past = await asyncio.to_thread(self._shared.storage.outcomes.with_file, blob)
-            found = [(self._drivers[job_id], round) for job_id, round in past if job_id in self._drivers]
         failed: CorruptData | None = None
-        for driver, round in found:
+        for driver, round in kept_in:
+            log.error("blob_damaged", job=driver.job.name, round=round, blob=blob.hex()[:12])
             try:
                 await self._remakes.remake(driver.results, round, blob)
             except CorruptData as error:
@@ -295,3 +294,13 @@ class Jobs:
         if failed is not None:
             raise failed
         return False
+
+    async def past_file(self, digest: bytes) -> bytes | None:
+        """A file of any committed round's adapter, made again; None: it is of none.
+
+        Raises BeingMade, CorruptData, StorageError.
+        """
+        for job_id, round in await asyncio.to_thread(self._shared.storage.outcomes.with_file, digest):
+            if job_id in self._drivers:
+                return await self._past.file(self._drivers[job_id].results, round, digest)
+        return None

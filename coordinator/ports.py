@@ -102,6 +102,8 @@ class CoordinatorSettings:
     """A node that has said nothing for so long is lost (nodes)."""
     recovery_grace_s: float = 45.0
     """After a start, a node known from before may be silent for so long (nodes)."""
+    making_wait_s: float = 20.0
+    """Longest wait within a call for a past round's adapter; it is made all the same (past)."""
     max_wait_s: float = 30.0
     """Longest long poll (service)."""
     retry_s: float = 5.0

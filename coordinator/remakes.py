@@ -1,8 +1,7 @@
-"""Blobs of committed rounds that are damaged, gone or not kept, made again: once for all who wait for the same round.
+"""Blobs of committed rounds that are damaged or gone, made again: once for all who wait for the same round.
 
 In: a job's results and the round a blob is of. Out: the blob is whole, as it was; otherwise an error for everybody
-who waited, and the next who asks begins anew. Nothing is removed for it: a damaged blob is replaced. One round at a
-time is made, since each takes memory and a core, whoever asks for how many.
+who waited, and the next who asks begins anew. Nothing is removed for it: a damaged blob is replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Remakes:
         self._storage = storage
         self._blobs = blobs
         self._under_way: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._one = asyncio.Lock()
 
     async def stop(self) -> None:
         """Finish what is under way."""
@@ -39,15 +37,14 @@ class Remakes:
         if await asyncio.to_thread(self._blobs.size, blob) is not None:
             return
         if key not in self._under_way:
-            task = asyncio.get_running_loop().create_task(self._make(results, round, blob))
+            task = asyncio.get_running_loop().create_task(self._make(results, round))
             self._under_way[key] = task
             task.add_done_callback(partial(self._ended, key))
         await asyncio.shield(self._under_way[key])
 
-    async def _make(self, results: JobResults, round: int, blob: bytes) -> None:
+    async def _make(self, results: JobResults, round: int) -> None:
         try:
-            async with self._one:
-                await asyncio.to_thread(results.remake, self._storage, round, blob)
+            await asyncio.to_thread(results.remake, self._storage, round)
         except (BlobAbsent, CorruptData) as error:
             raise CorruptData(
                 f"the files of round {round} are damaged or gone and cannot be made again: {error.cause}",

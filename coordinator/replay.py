@@ -1,8 +1,8 @@
 """The reference parameters after any committed round, from the updates that led there.
 
 Updates are kept for good: they are what a round cost in the downlink. Outer states, snapshots and adapters are many
-times larger and kept of the newest rounds. Starts from the nearest snapshot that is there, else from the job's initial
-parameters; every block is checked against its hash after every round. Blocks (call it from a thread).
+times larger and kept of the newest rounds. Starts from the nearest round of which they are here, else from the job's
+initial parameters; every block is checked against its hash after every round. Blocks (call it from a thread).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from coordinator.aggregate import OuterState
 from coordinator.blobs import Blobs
 from coordinator.records import Outcome
 from coordinator.storage import Storage
-from swarm.errors import BlobAbsent, BlobStoreAway, CodecError, CorruptData, StorageError
+from swarm.errors import BlobAbsent, CodecError, CorruptData, StorageError
 from swarm.optim.params import by_block, unpack_block
 from swarm.optim.update import updated_block
 
@@ -35,35 +36,44 @@ class Replay:
         job_id: str,
         shapes: Mapping[str, Shape],
         initial: Callable[[], Parameters],
+        stopping: Callable[[], bool],
     ) -> None:
         self._storage = storage
         self._blobs = blobs
         self._job_id = job_id
         self._shapes = shapes
         self._initial = initial
+        self._stopping = stopping
 
-    def parameters(self, round: int) -> Parameters:
-        """After a committed round. Raises CorruptData: an update is damaged or gone; StorageError."""
-        start, params = self._nearest(round)
+    def parameters(self, round: int, known: tuple[int, Parameters] | None = None) -> Parameters:
+        """After a committed round. `known` are a round before it and the parameters after that.
+
+        Raises CorruptData: an update is damaged or gone; StorageError: the disk refuses, or the coordinator stops.
+        """
+        start, params = self._nearest(round, known)
         for number in range(start + 1, round + 1):
+            if self._stopping():
+                raise StorageError("the coordinator stops", "ask again once it runs")
             try:
                 params = self._updated(params, number)
             except (BlobAbsent, CodecError, CorruptData) as error:
                 raise CorruptData(f"the update of round {number} cannot be used: {error.cause}") from error
         return params
 
-    def _nearest(self, round: int) -> tuple[int, Parameters]:
-        for number in range(round, 0, -1):
+    def _nearest(self, round: int, known: tuple[int, Parameters] | None) -> tuple[int, Parameters]:
+        for number in range(round, known[0] if known else 0, -1):
             outcome = self._storage.outcomes.of(self._job_id, number)
-            if self._blobs.size(outcome.snapshot_blob) is None:
-                continue
-            try:
-                return number, self._snapshot(outcome)
-            except BlobStoreAway:
-                raise
-            except StorageError as error:
-                log.warning("snapshot_damaged", job_id=self._job_id, round=number, error=str(error))
-        return 0, self._initial()
+            for blob, read in ((outcome.snapshot_blob, self._snapshot), (outcome.state_blob, self._state)):
+                if self._blobs.size(blob) is None:
+                    continue
+                try:
+                    return number, read(outcome)
+                except (BlobAbsent, CorruptData) as error:
+                    log.warning("past_state_damaged", job_id=self._job_id, round=number, error=str(error))
+        return known or (0, self._initial())
+
+    def _state(self, outcome: Outcome) -> Parameters:
+        return dict(OuterState.unpack(self._blobs.read(outcome.state_blob)).params)
 
     def _snapshot(self, outcome: Outcome) -> Parameters:
         data = self._blobs.read(outcome.snapshot_blob)

@@ -2,13 +2,12 @@
 
 In: the durable rows of a job and its blobs. Out: an `Outcome` whose blobs are on disk, not yet
 referenced by a row; doing it again writes the same bytes. A damaged newest outer state is made
-again from the one before, any round's snapshot and adapter from the updates (`coordinator.replay`). Every method
-blocks; nothing here decides what counts.
+again from the one before. Every method blocks; nothing here decides what counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -27,14 +26,13 @@ from coordinator.blobs import Blobs
 from coordinator.placement import Member
 from coordinator.ports import ModelFacts
 from coordinator.records import AdapterFile, BlockPiece, Outcome
-from coordinator.replay import Replay
+from coordinator.replay import Parameters, Replay
 from coordinator.round_model import Pipeline, Standing
 from coordinator.storage import Storage
 from swarm.compress import FrameContext, decode
 from swarm.config import JobSpec
 from swarm.errors import BlobAbsent, BlobStoreAway, CodecError, ContributionError, CorruptData, StorageError
 from swarm.ids import HEAD, block_of, sha256
-from swarm.optim.params import by_block, pack_block
 
 Shape = tuple[int, ...]
 log = structlog.get_logger()
@@ -81,35 +79,23 @@ class JobResults:
         """Round 0."""
         return self._keep(initial_round(self._initial()))
 
-    def _initial(self) -> dict[str, NDArray[np.float32]]:
+    def _initial(self) -> Parameters:
         return self._model.adapters.initial(self.spec.method, self.spec.schedule.seed)
 
-    def remake(self, storage: Storage, round: int, blob: bytes) -> None:
-        """Write a blob of a committed round again. Raises StorageError, CorruptData: what it came from is gone.
+    def remake(self, storage: Storage, round: int) -> Outcome:
+        """Write the blobs of a committed round again. Raises StorageError, CorruptData: what it came from is gone."""
+        return self.aggregate(storage, round) if round else self.initial()
 
-        Updates are here of every round, contributions of the newest alone: of others only what follows from the
-        parameters can be made, which is the snapshot and the adapter.
+    def replay(
+        self, storage: Storage, round: int, start: tuple[int, Parameters] | None, stopping: Callable[[], bool]
+    ) -> tuple[Parameters, dict[str, bytes]]:
+        """Parameters and adapter of any committed round, from the updates (`coordinator.replay`); writes nothing.
+
+        Raises CorruptData: an update is damaged or gone; StorageError.
         """
-        outcome = storage.outcomes.of(self.job_id, round)
-        if round == 0:
-            self.initial()
-        elif blob in (outcome.state_blob, outcome.update_blob):
-            self.aggregate(storage, round)
-        else:
-            try:
-                self._replay(storage, round)
-            except CorruptData as lost:
-                try:
-                    self.aggregate(storage, round)
-                except (BlobAbsent, CorruptData) as error:
-                    raise lost from error
-
-    def _replay(self, storage: Storage, round: int) -> None:
-        params = Replay(storage, self._blobs, self.job_id, self.shapes, self._initial).parameters(round)
-        self._keep_adapter(params)
-        # Not only for nodes: a round after this one, if it is asked for next, is made from here.
-        blocks = by_block(params).values()
-        self._blobs.put(b"".join(pack_block({key: params[key] for key in keys}) for keys in blocks))
+        replay = Replay(storage, self._blobs, self.job_id, self.shapes, self._initial, stopping)
+        params = replay.parameters(round, start)
+        return params, self._export(params)
 
     def aggregate(self, storage: Storage, round: int) -> Outcome:
         """The outcome of a frozen round. Raises PayloadsDamaged (of this round), StorageError, CorruptData."""
@@ -200,6 +186,7 @@ class JobResults:
             )
             update_offset += len(block.frame)
             snapshot_offset += len(block.snapshot)
+        exported = self._export(result.state.params)
         return Outcome(
             params_hash=result.params_hash,
             state_blob=self._blobs.put(result.state.pack()),
@@ -208,11 +195,10 @@ class JobResults:
             snapshot_blob=self._blobs.put(b"".join(block.snapshot for block in result.blocks)),
             snapshot_size=snapshot_offset,
             blocks=tuple(pieces),
-            files=self._keep_adapter(result.state.params),
+            files=tuple(
+                AdapterFile(name, self._blobs.put(content), len(content)) for name, content in sorted(exported.items())
+            ),
         )
 
-    def _keep_adapter(self, params: Mapping[str, NDArray[np.float32]]) -> tuple[AdapterFile, ...]:
-        exported = self._model.adapters.export(self.spec.method, params, self._model.name)
-        return tuple(
-            AdapterFile(name, self._blobs.put(exported[name]), len(exported[name])) for name in sorted(exported)
-        )
+    def _export(self, params: Mapping[str, NDArray[np.float32]]) -> dict[str, bytes]:
+        return self._model.adapters.export(self.spec.method, params, self._model.name)

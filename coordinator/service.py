@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
 
 from coordinator import views
@@ -168,17 +169,28 @@ class CoordinatorService:
         return pb.PutPieceReply(committed=progress.committed, complete=progress.complete)
 
     async def get_piece(self, caller: str, request: pb.GetPieceRequest) -> pb.GetPieceReply:
-        """At most `max_piece_bytes`. Raises ProtocolError, BlobAbsent, CorruptData, StorageError."""
+        """At most `max_piece_bytes`. Raises ProtocolError, BlobAbsent, BeingMade, CorruptData, StorageError."""
         length = min(request.length, self._shared.settings.max_piece_bytes)
-        read_piece, piece = self._shared.blobs.read_piece, (request.sha256, request.offset, length)
         async with self._heard(caller):
-            try:
-                data = await self._turns.take(read_piece, *piece)
-            except (BlobAbsent, CorruptData):
-                if not await self._jobs.remake(request.sha256):
-                    raise
-                data = await self._turns.take(read_piece, *piece)
+            data = await self._piece(request.sha256, request.offset, length)
         return pb.GetPieceReply(data=data)
+
+    async def _piece(self, blob: bytes, offset: int, length: int) -> bytes:
+        """Of a blob; of one that is damaged or gone, once it is made again."""
+        read = partial(self._turns.take, self._shared.blobs.read_piece, blob, offset, length)
+        try:
+            return await read()
+        except (BlobAbsent, CorruptData) as error:
+            lost = error
+        try:
+            if await self._jobs.remake(blob):
+                return await read()
+        except CorruptData as error:
+            lost = error
+        content = await self._jobs.past_file(blob)
+        if content is None:
+            raise lost
+        return content[offset : offset + length]
 
     # --- researchers --------------------------------------------------------------------------
 

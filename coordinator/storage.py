@@ -422,7 +422,8 @@ class Storage:
 
         Payloads go back one committed round, so that the newest outer state can be made again; outer
         states at least that far, since a job may be rewound to any kept round. Updates are kept of every
-        round: its adapter can be made from them (coordinator.replay).
+        round: its parameters can be made from them (coordinator.replay). So are an adapter's files that are
+        not tensors: they are small, mostly the same, and name the release that wrote them.
         """
         return {
             sha256
@@ -435,6 +436,7 @@ class Storage:
                 " UNION SELECT state_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round >= newest.round - 1 OR outcome.round > newest.round - ?1"
                 " UNION SELECT update_blob FROM outcome"
+                " UNION SELECT sha256 FROM adapter_file WHERE name NOT LIKE '%.safetensors'"
                 " UNION SELECT snapshot_blob FROM outcome JOIN newest USING (job_id)"
                 "  WHERE outcome.round > newest.round - ?1"
                 " UNION SELECT sha256 FROM adapter_file JOIN newest USING (job_id)"

@@ -48,7 +48,8 @@ three; the wire carries them; nothing else about an exception crosses a process 
     │   ├── SyncFailed        SW703  the disk did not confirm a write; the coordinator stops
     │   ├── DiskFull          SW704  no room; what failed is tried again
     │   ├── BlobStoreAway     SW705  the blob store does not answer or refuses; what failed is tried again
-    │   └── BlobAbsent        SW706  the coordinator has no such file
+    │   ├── BlobAbsent        SW706  the coordinator has no such file
+    │   └── BeingMade         SW707  the coordinator makes the file; whoever asks again gets it
     └── CodecError            SW800  compressed data
         └── FrameTooLarge     SW801  a frame beyond its cap, or a decompression bomb
 """
@@ -302,6 +303,11 @@ class BlobStoreAway(StorageError):
 class BlobAbsent(StorageError):
     code = "SW706"
     default_fix = "upload it, or ask for a file of a round that is kept"
+
+
+class BeingMade(StorageError):
+    code = "SW707"
+    default_fix = "ask again: the work goes on"
 
 
 class CodecError(SwarmError):

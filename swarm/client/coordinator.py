@@ -1,7 +1,8 @@
 """Typed calls to a coordinator, for volunteers and researchers alike.
 
 One method per rpc of `proto/swarm/v1/coordinator.proto`, plus whole blobs out of pieces, resumable
-at any byte in both directions. Calls do not retry: who calls decides what an outage means.
+at any byte in both directions. Calls do not retry: who calls decides what an outage means. Only a file that is being
+made is asked for until it is there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import structlog
 from google.protobuf.message import Message
 
-from swarm.errors import CorruptData, ProtocolError
+from swarm.errors import BeingMade, CorruptData, ProtocolError
 from swarm.identity import Identity
 from swarm.metrics import Traffic
 from swarm.wire.rpc import COORDINATOR_SERVICE, Channel
@@ -21,6 +23,7 @@ from swarm.wire.v1 import coordinator_pb2 as pb
 PIECE_BYTES = 1024 * 1024
 _CALL_TIMEOUT_S = 30.0
 R = TypeVar("R", bound=Message)
+log = structlog.get_logger()
 
 
 class CoordinatorClient:
@@ -142,7 +145,12 @@ class CoordinatorClient:
         while len(content) < length:
             wanted = min(PIECE_BYTES, length - len(content))
             request = pb.GetPieceRequest(sha256=digest, offset=offset + len(content), length=wanted)
-            piece = (await self._call("GetPiece", request, pb.GetPieceReply)).data
+            try:
+                piece = (await self._call("GetPiece", request, pb.GetPieceReply)).data
+            except BeingMade as error:
+                # It has waited for as long as a call may.
+                log.warning("waiting", reason=error.cause)
+                continue
             if not piece or len(piece) > wanted:
                 raise ProtocolError(f"the coordinator sent {len(piece)} bytes where {wanted} were asked for")
             content += piece

@@ -21,7 +21,7 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,9 +153,20 @@ def run(folder: Path, case: Case, at: int | str = 0, nth: int = 1, strike: Calla
     settings = CoordinatorSettings(durable_point=point, silent_s=600.0, recovery_grace_s=600.0)
     _, owner = JOBS[case.job]
     job = run_job(folder / "data", case.spec, settings, note, owner, case.slow_lead, case.dead, case.spans)
-    status = asyncio.run(asyncio.wait_for(job, 60))
+    status = asyncio.run(_within(60, job))
     result = {"hashes": [entry.params_hash.hex() for entry in status.history], "names": point.names}
     (folder / "result.json").write_text(json.dumps(result))
+
+
+async def _within(limit_s: float, job: Coroutine[Any, Any, pb.JobStatus]) -> pb.JobStatus:
+    """What the job returns. If it does not end, say what everybody waits for."""
+    task = asyncio.ensure_future(job)
+    done, _ = await asyncio.wait({task}, timeout=limit_s)
+    if not done:
+        waiting = [frame for each in asyncio.all_tasks() for frame in each.get_stack(limit=1)]
+        places = [f"{frame.f_code.co_qualname}, line {frame.f_lineno}" for frame in waiting]
+        raise TimeoutError(f"the job did not end within {limit_s:g} s; waiting: {'; '.join(sorted(places))}")
+    return task.result()
 
 
 def finish(folder: Path, case: Case) -> dict[str, Any]:

@@ -45,11 +45,12 @@ def _contribution(peer: str, generation: int = 1, pipeline_id: int = 0) -> Contr
 
 def _outcome(number: int) -> Outcome:
     piece = BlockPiece("0", sha256(b"p"), 0, 4, sha256(b"u"), 0, 8, sha256(b"s"))
-    names = [sha256(f"{what}{number}".encode()) for what in ("params", "state", "update", "snapshot", "file")]
+    parts = ("params", "state", "update", "snapshot", "config", "weights")
+    names = [sha256(f"{what}{number}".encode()) for what in parts]
     return Outcome(
         *(names[0], names[1], names[2], 4, names[3], 8),
         (piece, replace(piece, block="head")),
-        (AdapterFile("adapter_config.json", names[4], 3),),
+        (AdapterFile("adapter_config.json", names[4], 3), AdapterFile("adapter_model.safetensors", names[5], 9)),
     )
 
 
@@ -167,7 +168,8 @@ def test_what_is_still_needed(tmp_path: Path) -> None:
     assert [o.state_blob in kept for o in outcomes] == [False, False, True, True]
     assert [o.update_blob in kept for o in outcomes] == [True, True, True, True]
     assert [o.snapshot_blob in kept for o in outcomes] == [False, False, True, True]
-    assert [o.files[0].sha256 in kept for o in outcomes] == [False, False, True, True]
+    assert [o.files[0].sha256 in kept for o in outcomes] == [True, True, True, True]
+    assert [o.files[1].sha256 in kept for o in outcomes] == [False, False, True, True]
     with storage.transaction("finished"):
         storage.set_job("j1", JobState.FINISHED, "", 0)
     assert JOB.dataset not in storage.referenced_blobs(2)
