@@ -15,7 +15,6 @@ from typing import Any
 import structlog
 
 from node.lead import Tally
-from swarm.errors import SwarmError
 from swarm.net.chain import Chain
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -43,14 +42,13 @@ class Ahead:
     async def _train(self, steps: Coroutine[Any, Any, Tally]) -> Tally | None:
         try:
             return await steps
-        except SwarmError as error:
+        except Exception as error:  # void, whatever went wrong: the round is trained from its start
             log.warning("ahead_failed", job=self._assignment.job_name, round=self._assignment.round, error=str(error))
             return None
 
     def leads_to(self, new: pb.Assignment) -> bool:
         """Whether it is the next round of the same nodes, and the history is the same."""
-        old = self._assignment
-        return (new.job_id, new.round, new.lineage) == (old.job_id, old.round + 1, old.lineage) and same_nodes(old, new)
+        return leads_to(self._assignment, new)
 
     async def finished(self) -> Tally | None:
         """What the steps came to; None if they failed or the chain broke. May be cancelled and asked again."""
@@ -67,6 +65,11 @@ class Ahead:
                 await self.chain.close()
             if self._leave is not None:
                 await self._leave()
+
+
+def leads_to(old: pb.Assignment, new: pb.Assignment) -> bool:
+    """Whether `new` is the next round of the same nodes, and the history is the same."""
+    return (new.job_id, new.round, new.lineage) == (old.job_id, old.round + 1, old.lineage) and same_nodes(old, new)
 
 
 def same_nodes(one: pb.Assignment, other: pb.Assignment) -> bool:

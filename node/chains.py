@@ -149,6 +149,9 @@ class ChainServer:
         hops = [Hop(h.peer_id, Span(h.span.start, h.span.end), tuple(h.addrs)) for h in request.hops]
         if not 0 <= request.index < len(hops) or hops[request.index].peer_id != self.peer.peer_id:
             raise SessionError("the chain names another node at this place")
+        if request.mode == pb.MODE_TRAIN and (not request.index or hops[request.index - 1].peer_id != stream.peer):
+            # The lead is believed because it is the first of these hops: each answers for the one before it.
+            raise SessionError("a training chain is opened by the hop before", "nothing to do: the lead opens it again")
         for first, second in pairwise(hops):
             if first.span.end != second.span.start:
                 raise SpanError(f"the chain's spans {first.span} and {second.span} do not join")

@@ -121,6 +121,8 @@ class TrainHop(ChainHop):
         stage = self._ready()
         if not self._room.held:
             raise ProtocolError(f"a gradient for batch {message.seq}, which never came")
+        if message.squared_norm < 0:
+            raise self._blame_behind(ProtocolError(f"a squared norm of {message.squared_norm}"))
         if not message.void:
             payload_size(message.tensor)
         shard = self.server.model.shard
@@ -134,7 +136,10 @@ class TrainHop(ChainHop):
                 packed = pack(gradient, self.encoding, scaled=self.scaled) if is_finite(gradient) else None
             return packed, stage.squared_norm() if message.last else 0.0
 
-        packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
+        try:
+            packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
+        except ProtocolError as error:
+            raise self._blame_behind(error) from error
         await self._room.backward()
         reply = pb.Backward(seq=message.seq, last=message.last, void=packed is None)
         reply.squared_norm = message.squared_norm + own
@@ -143,6 +148,10 @@ class TrainHop(ChainHop):
         else:
             reply.tensor.CopyFrom(packed[0])
             await self.send_back(pb.Frame(backward=reply), packed[1])
+
+    def _blame_behind(self, error: ProtocolError) -> ProtocolError:
+        """Gradients come from the next hop; to the last one they come from the lead, whose own fault they are."""
+        return error if self.last else error.blaming(self.hops[self.request.index + 1].peer_id)
 
     async def on_other(self, frame: pb.Frame) -> None:
         kind, stage = frame.WhichOneof("kind"), self._ready()

@@ -24,9 +24,10 @@ and inner steps build on it. The delta then holds the residual without its being
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -34,11 +35,12 @@ import structlog
 from node.jobstate import JobFolder, PendingContribution, SavedState
 from node.link import Link
 from node.stage import AdapterStage
+from node.step import RANK_FORWARD
 from swarm.adapters.registry import ModelAdapters, Parameters
 from swarm.compress import FrameContext, compress_with_feedback
 from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
-from swarm.errors import CodecError, CorruptData, JobConflict
+from swarm.errors import CodecError, ContributionError, CorruptData, JobConflict
 from swarm.ids import Span, block_of, sha256
 from swarm.optim.params import block_hash, by_block, hash_all, params_hash, unpack_block
 from swarm.optim.update import updated_block
@@ -50,6 +52,7 @@ _WAIT_S = 20.0
 _COUNTED = (pb.VERDICT_ACCEPTED, pb.VERDICT_CLIPPED)
 _VOID = (pb.VERDICT_LATE, pb.VERDICT_REJECTED)
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,15 @@ class JobMember:
             if not to_score:
                 self._ended = self._aside = None
             elif self._ended is not None and self._aside is None:
-                self._aside = await self._compute.run(Priority.TRAIN, self.stage.values)
+                self._aside = await self._on_thread(self.stage.values)
             start = self._reference if to_score else self._start()
-            await self._compute.run(Priority.TRAIN, self.stage.reset, start)
+            await self._on_thread(self.stage.reset, start)
             if not to_score:
-                await self._compute.run(Priority.TRAIN, self.stage.set_moments, self._moments)
+                await self._on_thread(self.stage.set_moments, self._moments)
+
+    async def _on_thread(self, piece: Callable[..., T], *args: Any) -> T:
+        """Behind every step of the stage that came before: steps are not answered, so nobody has waited for them."""
+        return await self._compute.run(Priority.TRAIN, piece, *args, rank=RANK_FORWARD)
 
     async def _reach(self, round: int, base_hash: bytes) -> None:
         """Hold the reference that `round` starts from."""
@@ -163,7 +170,7 @@ class JobMember:
         def look() -> Ended:
             return Ended(self.stage.values(), self.stage.moments())
 
-        ended = await self._compute.run(Priority.TRAIN, look)
+        ended = await self._on_thread(look)
         self._ended = ended.values if self.spec.schedule.overlap_steps else None
         self._aside = None
         return ended
@@ -186,7 +193,7 @@ class JobMember:
                 now = self.stage.values() if aside is None else aside
                 self.stage.reset({key: start[key] + (now[key] - ended[key]) for key in start})
 
-            await self._compute.run(Priority.TRAIN, correct)
+            await self._on_thread(correct)
             self._ended = self._aside = None
             log.info("carried", job=self.job_id, round=round)
 
@@ -196,17 +203,24 @@ class JobMember:
         Without effect if it was prepared again since. Parameters stay.
         """
         if use == self.uses:
-            await self._compute.run(Priority.TRAIN, self.stage.forget)
+            await self._on_thread(self.stage.forget)
             self.stage.give_back()
 
-    async def contribute_and_settle(self, work: Work, ended: Ended) -> pb.RoundReply:
+    async def contribute_and_settle(self, work: Work, ended: Ended) -> None:
         """Send this node's delta of the round and see the round through to its end.
 
-        `ended` is what `end_steps` gave; the stage may train on meanwhile.
+        `ended` is what `end_steps` gave; the stage may train on meanwhile. Raises ContributionError: it was rejected.
+        One that comes too late is void, and its round not waited for.
         """
         async with self._lock:
-            await self._contribute(work, ended)
-            return await self._settle(work.round)
+            receipt = await self._contribute(work, ended)
+            if receipt.verdict not in _VOID:
+                await self._settle(work.round)
+                return
+            await asyncio.to_thread(self._folder.clear_pending)
+            if receipt.verdict == pb.VERDICT_REJECTED:
+                raise ContributionError(f"the contribution to round {work.round} was rejected: {receipt.reason}")
+            log.warning("contribution_void", job=self.job_id, round=work.round, reason=receipt.reason)
 
     async def finish_pending(self) -> None:
         """After a restart: finish a contribution that was begun. Call before the first `prepare`."""
@@ -231,7 +245,7 @@ class JobMember:
                 return
             await self._settle(pending.round)
 
-    async def _contribute(self, work: Work, ended: Ended) -> None:
+    async def _contribute(self, work: Work, ended: Ended) -> pb.Receipt:
         context = FrameContext(self.job_id, work.round, self._base_hash)
 
         def compress() -> tuple[bytes, Parameters]:
@@ -269,12 +283,13 @@ class JobMember:
             verdict=pb.Verdict.Name(receipt.verdict),
             reason=receipt.reason,
         )
+        return receipt
 
     async def _upload(self, request: pb.ContributeRequest, payload: bytes) -> pb.Receipt:
         await self._link.call(lambda client: client.put_blob(payload, contribution=True))
         return await self._link.call(lambda client: client.contribute(request))
 
-    async def _settle(self, round: int) -> pb.RoundReply:
+    async def _settle(self, round: int) -> None:
         request = pb.AwaitRoundRequest(job_id=self.job_id, round=round, wait_s=_WAIT_S)
         while True:
             reply = await self._link.call(lambda client: client.await_round(request))
@@ -289,9 +304,9 @@ class JobMember:
         if reply.committed:
             await self._apply(reply.update)
             await self._save()
-            log.info("settled", job=self.job_id, round=round, own_hash=params_hash(self.block_hashes()).hex())
-        self._folder.clear_pending()
-        return reply
+            own_hash = await asyncio.to_thread(lambda: params_hash(self.block_hashes()).hex())
+            log.info("settled", job=self.job_id, round=round, own_hash=own_hash)
+        await asyncio.to_thread(self._folder.clear_pending)
 
     async def _apply(self, update: pb.OuterUpdate) -> None:
         """Reach the parameters after a round: its update on what this node holds, if that is the round's start and
@@ -321,17 +336,21 @@ class JobMember:
 
     async def _take_snapshot(self, update: pb.OuterUpdate) -> None:
         pieces = await self._ranges(update.snapshot, update.snapshot_blocks)
-        result: Parameters = {}
         missing = set(by_block(self.stage.shapes)) - set(pieces)
         if missing:
             raise CorruptData(f"the snapshot after round {update.round} lacks blocks {', '.join(sorted(missing))}")
-        for block, keys in by_block(self.stage.shapes).items():
-            entry, raw = pieces[block]
-            values = unpack_block(raw, {key: self.stage.shapes[key] for key in keys})
-            if block_hash(values) != entry.params_hash:
-                raise CorruptData(f"the snapshot of block {block} after round {update.round} has another hash")
-            result |= values
-        self._reference = result
+
+        def unpack() -> Parameters:
+            result: Parameters = {}
+            for block, keys in by_block(self.stage.shapes).items():
+                entry, raw = pieces[block]
+                values = unpack_block(raw, {key: self.stage.shapes[key] for key in keys})
+                if block_hash(values) != entry.params_hash:
+                    raise CorruptData(f"the snapshot of block {block} after round {update.round} has another hash")
+                result |= values
+            return result
+
+        self._reference = await asyncio.to_thread(unpack)
         self._base_hash = update.params_hash
 
     async def _ranges(self, blob: bytes, blocks: Iterable[pb.BlockUpdate]) -> dict[str, tuple[pb.BlockUpdate, bytes]]:
@@ -343,13 +362,17 @@ class JobMember:
         start = min(entry.offset for entry in wanted)
         end = max(entry.offset + entry.length for entry in wanted)
         content = await self._link.call(lambda client: client.get_range(blob, start, end - start))
-        pieces = {}
-        for entry in wanted:
-            piece = content[entry.offset - start : entry.offset - start + entry.length]
-            if sha256(piece) != entry.sha256:
-                raise CorruptData(f"block {entry.block} of the round's blob has another hash")
-            pieces[entry.block] = (entry, piece)
-        return pieces
+
+        def cut() -> dict[str, tuple[pb.BlockUpdate, bytes]]:
+            pieces = {}
+            for entry in wanted:
+                piece = content[entry.offset - start : entry.offset - start + entry.length]
+                if sha256(piece) != entry.sha256:
+                    raise CorruptData(f"block {entry.block} of the round's blob has another hash")
+                pieces[entry.block] = (entry, piece)
+            return pieces
+
+        return await asyncio.to_thread(cut)
 
     async def _restore(self) -> None:
         """On the first round since the start: what the disk holds."""

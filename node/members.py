@@ -20,7 +20,7 @@ from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.compress import compile_ahead
 from swarm.compute import Compute, Priority
-from swarm.config import job_from_json
+from swarm.config import JobSpec, job_from_json
 from swarm.errors import SwarmError
 from swarm.ids import Span
 from swarm.wire.v1 import coordinator_pb2 as pb
@@ -42,7 +42,8 @@ class Members:
         self._peer_id = peer_id
         self._members: dict[str, JobMember] = {}
         self._making = asyncio.Lock()
-        self._settling: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._settling: dict[str, dict[asyncio.Task[None], int]] = {}
+        """Tasks that settle a round, and which."""
         self._leaving: set[str] = set()
         self._over: set[str] = set()
 
@@ -77,11 +78,7 @@ class Members:
         spec = job_from_json(assignment.spec_json)
         # The first round of a new installation would wait for it at its end, and its pipeline with it.
         await asyncio.to_thread(compile_ahead, spec.uplink, spec.downlink)
-        stage = await self._compute.run(
-            Priority.BACKGROUND,
-            *(AdapterStage, self._model, span, spec, self._ledger, f"job {assignment.job_name}"),
-            self._compute.give_way,
-        )
+        stage = await self._stage(span, spec, f"job {assignment.job_name}")
         folder, adapters = JobFolder(self._data_dir, assignment.job_id), self._model.adapters
         member = JobMember(assignment.job_id, spec, span, stage, adapters, self._compute, self._link, folder)
         try:
@@ -90,6 +87,22 @@ class Members:
             member.close()
             raise
         return member
+
+    async def _stage(self, span: Span, spec: JobSpec, owner: str) -> AdapterStage:
+        building = asyncio.ensure_future(
+            self._compute.run(
+                Priority.BACKGROUND,
+                *(AdapterStage, self._model, span, spec, self._ledger, owner, self._compute.give_way),
+            )
+        )
+        try:
+            return await asyncio.shield(building)
+        except asyncio.CancelledError:
+            # What the thread makes all the same is charged for: it must go before anybody makes the next one.
+            await asyncio.wait({building})
+            if building.exception() is None:
+                building.result().close()
+            raise
 
     async def resume(self, assignment: pb.Assignment) -> None:
         """A stage that came back after its lead had ended the round: nobody will call it for that round any more,
@@ -105,7 +118,8 @@ class Members:
 
     def settle_later(self, member: JobMember, work: Work, ended: Ended) -> None:
         """Contribute and settle a node's round beside its chain, which may end meanwhile."""
-        self._settling[member.job_id] = (work.round, asyncio.create_task(self._settle(member, work, ended)))
+        task = asyncio.create_task(self._settle(member, work, ended))
+        self._settling.setdefault(member.job_id, {})[task] = work.round
 
     async def _settle(self, member: JobMember, work: Work, ended: Ended) -> None:
         try:
@@ -113,21 +127,21 @@ class Members:
         except Exception as error:
             await abandon(self._link, member.job_id, member.job_id, work, error, blame=self._peer_id)
         finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._settling[member.job_id].pop(task, None)
             self._let_go(member.job_id)
 
     async def end_settling(self, job_id: str, round: int) -> None:
         """This round is formed anew, or was discarded: what waits for an earlier forming of it, or for a later
         round, would wait for ever."""
-        settled, task = self._settling.get(job_id, (0, None))
-        if task is not None and round <= settled:
-            del self._settling[job_id]
+        tasks = [task for task, settled in self._settling.get(job_id, {}).items() if round <= settled]
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _settled(self, job_id: str) -> None:
-        _, task = self._settling.get(job_id, (0, None))
-        if task is not None:
-            await asyncio.wait([task])
+        await asyncio.gather(*self._settling.get(job_id, {}), return_exceptions=True)
 
     # ---- ends --------------------------------------------------------------------------------
 
@@ -144,14 +158,13 @@ class Members:
 
     def _leave(self, job_id: str) -> None:
         self._leaving.add(job_id)
-        _, task = self._settling.get(job_id, (0, None))
-        if task is None or task.done():
-            self._let_go(job_id)
+        self._let_go(job_id)
 
     def _let_go(self, job_id: str) -> None:
-        """Without effect unless the job is to be left."""
-        if job_id not in self._leaving:
+        """Without effect unless the job is to be left, and no round of it settles any more."""
+        if job_id not in self._leaving or self._settling.get(job_id):
             return
+        self._settling.pop(job_id, None)
         self._leaving.discard(job_id)
         member = self._members.pop(job_id, None)
         if member is not None:
@@ -161,7 +174,7 @@ class Members:
 
     async def stop(self) -> None:
         """Nothing settles any more; what was begun is finished after a restart."""
-        tasks = [task for _, task in self._settling.values()]
+        tasks = [task for of_job in self._settling.values() for task in of_job]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

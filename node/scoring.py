@@ -69,10 +69,11 @@ class Scorer:
         def loss_of(sent: torch.Tensor | Packed) -> float:
             if isinstance(sent, Packed):
                 assert chain is not None
-                sent = chain.unpack(sent)
+                sent = chain.unpack(sent, shape)
             return summed_loss(head, sent, batch.labels_BT, stage.give_way)
 
-        stage.admit_score((*batch.input_ids_BT.shape, head.width))
+        shape = (*batch.input_ids_BT.shape, head.width)
+        stage.admit_score(shape)
         try:
             output = await run(Priority.TRAIN, forward)
         finally:

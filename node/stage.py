@@ -67,8 +67,16 @@ class AdapterStage:
         self._model = model
         self._ledger = ledger
         self._owner = owner
+        try:
+            self._build(spec, give_way)
+        except BaseException:
+            ledger.release(owner)
+            raise
+
+    def _build(self, spec: JobSpec, give_way: Callable[[], None]) -> None:
+        model = self._model
         # A view of its own: injection replaces modules, which serving views must not see.
-        self._view = model.shard.view(span)
+        self._view = model.shard.view(self.span)
         self.parameters = model.adapters.attach(self._view, spec.method)
         self._optimizer = torch.optim.AdamW(
             list(self.parameters.values()),

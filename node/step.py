@@ -30,6 +30,7 @@ from node.turns import Room, window
 from swarm.compute import Compute, Priority
 from swarm.data.batch import Batch
 from swarm.data.microbatch import Microbatch
+from swarm.errors import ProtocolError
 from swarm.model.shard import Head
 from swarm.net.chain import Chain, Packed
 from swarm.wire.tensors import is_finite
@@ -118,7 +119,7 @@ class _Pass:
 
     async def _feed(self, group: asyncio.TaskGroup) -> None:
         for number, part in enumerate(self._parts):
-            shape = (*part.batch.input_ids_BT.shape, self._head.width)
+            shape = self._shape(part)
             await self._room.forward(partial(self._stage.fits, shape))
             self._stage.admit(number, shape)
 
@@ -137,11 +138,16 @@ class _Pass:
     def _pack_gradient(self, tensor: torch.Tensor) -> _Sent:
         return tensor if self._chain is None else self._chain.pack_gradient(tensor)
 
-    def _unpack(self, sent: _Sent) -> torch.Tensor:
+    def _shape(self, part: Microbatch) -> tuple[int, ...]:
+        """[B, T, D] of what a microbatch is everywhere between the embedding and the head."""
+        return (*part.batch.input_ids_BT.shape, self._head.width)
+
+    def _unpack(self, sent: _Sent, part: Microbatch) -> torch.Tensor:
+        """Raises ProtocolError, naming who sent what does not fit."""
         if isinstance(sent, torch.Tensor):
             return sent
         assert self._chain is not None
-        return self._chain.unpack(sent)
+        return self._chain.unpack(sent, self._shape(part))
 
     async def _through(self, output: _Sent | None, positions_BT: torch.Tensor | None) -> tuple[int, _Sent | None]:
         if self._chain is None:
@@ -162,7 +168,7 @@ class _Pass:
 
     def _loss_of(self, sent: _Sent, part: Microbatch) -> tuple[float, _Sent | None]:
         """The loss and its gradient; NaN or infinity and None if one of them is not finite."""
-        stage, output = self._stage, self._unpack(sent)
+        stage, output = self._stage, self._unpack(sent, part)
         loss, gradient = label_loss(
             self._head, output, part.batch.labels_BT, part.share, stage.precision, stage.give_way
         )
@@ -174,17 +180,20 @@ class _Pass:
         if self._chain is None:
             return gradient, 0.0
         assert not isinstance(gradient, torch.Tensor)
-        return await self._chain.train_backward(seq, gradient, last)
+        back, squared_norm = await self._chain.train_backward(seq, gradient, last)
+        if squared_norm < 0:
+            raise ProtocolError(f"a squared norm of {squared_norm}").blaming(self._chain.hops[0].peer_id)
+        return back, squared_norm
 
     async def _settle(self) -> None:
-        for number in range(len(self._parts)):
+        for number, part in enumerate(self._parts):
             gradient, squared_norm = await (await self._gradients.get())
 
-            def backward(number: int = number, gradient: _Sent | None = gradient) -> float:
+            def backward(number: int = number, part: Microbatch = part, gradient: _Sent | None = gradient) -> float:
                 if gradient is None:
                     self._stage.drop(number)
                 else:
-                    self._stage.backward(number, self._unpack(gradient))
+                    self._stage.backward(number, self._unpack(gradient, part))
                 last = number == len(self._parts) - 1
                 return self._stage.squared_norm() if last else 0.0
 

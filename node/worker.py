@@ -18,7 +18,7 @@ import structlog
 
 from node.abandon import abandon
 from node.adapters import AdapterStore
-from node.ahead import Ahead, same_nodes
+from node.ahead import Ahead, leads_to, same_nodes
 from node.datafiles import DataFiles
 from node.finished import FinishedAdapters
 from node.lead import LeadLoop, Progress, Tally
@@ -202,6 +202,11 @@ class Worker:
             return same and (mine.round, mine.pipeline_id, mine.generation) == named and same_nodes(mine, old)
 
         return await self._when_assigned(matches)
+
+    def stands(self, assignment: pb.Assignment) -> bool:
+        """Whether a chain of this assignment may go on: it is the node's, or the same nodes' of the round before."""
+        mine = self._assignment
+        return mine is None or _same(mine, assignment) or leads_to(assignment, mine)
 
     async def _when_assigned(self, matches: Callable[[pb.Assignment], bool]) -> pb.Assignment:
         def matching() -> pb.Assignment | None:

@@ -45,7 +45,7 @@ async def serve_blobs(peer: Peer, find: Callable[[bytes], bytes | None]) -> None
             await stream.send(pb.BlobFrame(piece=pb.Piece()), content[start : start + _PIECE_BYTES])
         await stream.receive()  # the reader closes once it has everything
 
-    await peer.serve(PROTOCOL, pb.BlobFrame, handle)
+    await peer.serve(PROTOCOL, pb.BlobFrame, handle, max_received_bytes=0)
 
 
 async def fetch_adapter(peer: Peer, adapter: AdapterInfo, max_bytes: int) -> dict[str, bytes]:

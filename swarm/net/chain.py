@@ -248,9 +248,14 @@ class Chain:
         """As `pack`, for a gradient, which in float16 needs a scale."""
         return Packed(*pack(tensor, self._encoding, scaled=True))
 
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        """What a hop sent. On any thread. Raises ProtocolError, naming the hop: malformed, or not a number."""
+    def unpack(self, packed: Packed, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """What a hop sent. On any thread. `shape`: what it has to be.
+
+        Raises ProtocolError, naming the hop: malformed, of another shape, or not a number.
+        """
         try:
+            if shape is not None and tuple(packed.meta.shape) != shape:
+                raise ProtocolError(f"a tensor of shape {list(packed.meta.shape)} came back for one of {list(shape)}")
             return unpack(packed.meta, packed.payload, self._dtype, self._device)
         except ProtocolError as error:
             raise error.blaming(packed.sender) from error

@@ -29,7 +29,7 @@ async def serve_health(peer: Peer, answer: Callable[[str], pb.HealthReply]) -> N
         while (received := await stream.receive()) is not None:
             await stream.send(pb.HealthFrame(reply=answer(received[0].request.session_id)))
 
-    await peer.serve(PROTOCOL, pb.HealthFrame, handle)
+    await peer.serve(PROTOCOL, pb.HealthFrame, handle, max_received_bytes=0)
 
 
 class _Line:

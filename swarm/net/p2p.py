@@ -168,11 +168,22 @@ class Peer:
         kind: type[M],
         handler: Callable[[FrameStream[M]], Awaitable[None]],
         count: Callable[[int], None] | None = None,
+        *,
+        max_received_bytes: int | None = None,
     ) -> None:
-        """Accept streams of `protocol`; `handler` owns each until it returns. Its errors end the stream only."""
+        """Accept streams of `protocol`; `handler` owns each until it returns. Its errors end the stream only.
+
+        `max_received_bytes`: the largest payload a frame from the other side may have; None: any frame's."""
 
         async def accept(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            stream = FrameStream(reader, writer, kind, peer=info.peer_id.to_base58(), count=count)
+            stream = FrameStream(
+                reader,
+                writer,
+                kind,
+                peer=info.peer_id.to_base58(),
+                count=count,
+                max_received_bytes=max_received_bytes,
+            )
             task = asyncio.current_task()
             assert task is not None
             self._handlers.add(task)

@@ -62,7 +62,7 @@ async def serve_pings(peer: Peer) -> None:
         finally:
             open_streams -= 1
 
-    await peer.serve(PROTOCOL, pb.PingFrame, handle)
+    await peer.serve(PROTOCOL, pb.PingFrame, handle, max_received_bytes=PROBE_BYTES)
 
 
 async def measure(peer: Peer, node: NodeInfo, *, probe_bytes: int = 0, timeout_s: float = _TIMEOUT_S) -> Distance:

@@ -41,6 +41,8 @@ _STREAMS = 4
 _REQUEST_TIMEOUT_S = 60.0
 _SEND_TIMEOUT_S = 60.0
 _TURN_AWAY_TIMEOUT_S = 5.0
+_TURNED_AWAY = 16
+"""Readers that are told so at once; others see their stream end."""
 _RECEIVE_TIMEOUT_S = 30.0
 _HASHING_TIMEOUT_S = 120.0
 """Of a first manifest: the holder may have to read a block of several GB from a slow disk."""
@@ -55,13 +57,18 @@ async def serve_weights(
 ) -> Holdings:
     """Answer from a checkpoint until the peer stops. The holdings returned can make a seal."""
     holdings = Holdings(checkpoint, cache)
-    busy = 0
+    busy = turned_away = 0
 
     async def handle(stream: FrameStream[pb.WeightsFrame]) -> None:
-        nonlocal busy
+        nonlocal busy, turned_away
         if busy >= streams:
-            taken = Busy(f"this node sends weights to {busy} others already", "ask another node, or wait")
-            await _turn_away(stream, taken)
+            if turned_away < _TURNED_AWAY:
+                turned_away += 1
+                try:
+                    taken = Busy(f"this node sends weights to {busy} others already", "ask another node, or wait")
+                    await _turn_away(stream, taken)
+                finally:
+                    turned_away -= 1
             return
         busy += 1
         try:
@@ -71,7 +78,7 @@ async def serve_weights(
         finally:
             busy -= 1
 
-    await peer.serve(PROTOCOL, pb.WeightsFrame, handle)
+    await peer.serve(PROTOCOL, pb.WeightsFrame, handle, max_received_bytes=0)
     return holdings
 
 

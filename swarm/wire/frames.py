@@ -42,13 +42,16 @@ class FrameStream(Generic[M]):
         peer: str = "",
         count: Callable[[int], None] | None = None,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+        max_received_bytes: int | None = None,
     ) -> None:
+        """`max_received_bytes`: of a payload that comes, where less is allowed than of one that goes."""
         self._reader = reader
         self._writer = writer
         self._kind = kind
         self._count = count
         self._lock = asyncio.Lock()
         self._max_payload_bytes = max_payload_bytes
+        self._max_received_bytes = max_payload_bytes if max_received_bytes is None else max_received_bytes
         self.peer = peer
 
     async def send(self, header: M, payload: bytes = b"") -> None:
@@ -77,7 +80,7 @@ class FrameStream(Generic[M]):
         except ConnectionError:
             return None
         header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
-        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_payload_bytes:
+        if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_received_bytes:
             raise FrameTooLarge(
                 f"{self.peer or 'the peer'} announced a frame of {header_bytes} + {payload_bytes} bytes"
             )

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -236,7 +237,7 @@ class SimNode:
                     continue
                 assert receipt.verdict in (pb.VERDICT_HELD, pb.VERDICT_ACCEPTED), receipt
                 self.acknowledged(receipt)
-                await self.settle(part)
+                await self.settle_or_leave(part)
             except ContributionError:
                 continue  # the round ended meanwhile: the next assignment is on its way
 
@@ -335,6 +336,18 @@ class SimNode:
         verify(identity().peer_id, receipt.SerializeToString(deterministic=True), signature)
         receipt.signature = signature
         return receipt
+
+    async def settle_or_leave(self, part: pb.Assignment) -> None:
+        """Settle, but for a round that was discarded meanwhile: it is over when there is another assignment."""
+        waits = [self.settle(part), self.assigned(part)] if self.owner_interferes else [self.settle(part)]
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(wait) for wait in waits]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def settle(self, part: pb.Assignment) -> None:
         """Wait for the round's end and keep the final receipt."""

@@ -33,6 +33,7 @@ from swarm.net.view import NodeStatus
 from swarm.net.vouching import FindHolders, swarm_holders
 from swarm.net.weights import Ask, Holder, serve_weights
 from swarm.wire.v1 import weights_pb2 as pb
+from swarm.wire.version import hello
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -380,3 +381,15 @@ def _described(folder: Path) -> bytes:
     if folder not in _DESCRIBED:
         _DESCRIBED[folder] = Holdings(Checkpoint.open(str(folder))).describe()
     return _DESCRIBED[folder]
+
+
+async def test_a_request_carries_no_payload(start: StartPeer, folder: Path, tmp_path: Path) -> None:
+    """However many are turned away, none of them makes the holder take what it does not want."""
+    node, reader = await start(), await start()
+    checkpoint = Checkpoint.open(str(folder))
+    await serve_weights(node, checkpoint, tmp_path)
+    stream = await reader.dial(*holder(node), weights.PROTOCOL, pb.WeightsFrame)
+    request = pb.WeightsRequest(hello=hello(checkpoint.model_hash), item=pb.WEIGHTS_ITEM_DESCRIPTION)
+    await stream.send(pb.WeightsFrame(request=request), b"x")
+    assert await stream.receive() is None
+    stream.close()

@@ -115,7 +115,7 @@ class Hosted:
         pass
 
 
-class _NoAdapters:
+class NoAdapters:
     async def files(self, name: str, wanted: tuple[FileInfo, ...]) -> dict[str, bytes]:
         raise AdapterNotFound(f"no adapter '{name}' here")
 
@@ -145,7 +145,7 @@ async def pipeline_of(
     here = await Peer.start(Identity.load_or_create(keys / "lead.key"), (), PeerSettings())
     there = await Peer.start(Identity.load_or_create(keys / "second.key"), (), PeerSettings())
     hosted = Hosted(second.stage)
-    server = ChainServer(there, second.compute, second.model, second.ledger, _NoAdapters(), hosted, lambda _: None)
+    server = ChainServer(there, second.compute, second.model, second.ledger, NoAdapters(), hosted, lambda _: None)
     await server.start()
     hops = [Hop(here.peer_id, front, here.addrs), Hop(there.peer_id, rest, there.addrs)]
     chain = await Chain.open(
