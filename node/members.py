@@ -7,6 +7,7 @@ its successor's state is in the same folder.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -120,17 +121,19 @@ class Members:
         """Contribute and settle a node's round beside its chain, which may end meanwhile."""
         task = asyncio.create_task(self._settle(member, work, ended))
         self._settling.setdefault(member.job_id, {})[task] = work.round
+        task.add_done_callback(partial(self._ended, member.job_id))
 
     async def _settle(self, member: JobMember, work: Work, ended: Ended) -> None:
         try:
             await member.contribute_and_settle(work, ended)
         except Exception as error:
             await abandon(self._link, member.job_id, member.job_id, work, error, blame=self._peer_id)
-        finally:
-            task = asyncio.current_task()
-            assert task is not None
-            self._settling[member.job_id].pop(task, None)
-            self._let_go(member.job_id)
+
+    def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
+        del self._settling[job_id][task]
+        if not self._settling[job_id]:
+            del self._settling[job_id]
+            self._let_go(job_id)
 
     async def end_settling(self, job_id: str, round: int) -> None:
         """This round is formed anew, or was discarded: what waits for an earlier forming of it, or for a later
@@ -141,7 +144,9 @@ class Members:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _settled(self, job_id: str) -> None:
-        await asyncio.gather(*self._settling.get(job_id, {}), return_exceptions=True)
+        tasks = self._settling.get(job_id)
+        if tasks:
+            await asyncio.wait(tasks)
 
     # ---- ends --------------------------------------------------------------------------------
 
@@ -162,9 +167,8 @@ class Members:
 
     def _let_go(self, job_id: str) -> None:
         """Without effect unless the job is to be left, and no round of it settles any more."""
-        if job_id not in self._leaving or self._settling.get(job_id):
+        if job_id not in self._leaving or job_id in self._settling:
             return
-        self._settling.pop(job_id, None)
         self._leaving.discard(job_id)
         member = self._members.pop(job_id, None)
         if member is not None:
