@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coordinator.app import Coordinator
-from coordinator.ports import ModelFacts
+from coordinator.ports import CoordinatorSettings, ModelFacts
 from node.link import Link
 from node.loss import label_loss
 from node.member import JobMember, Work
@@ -107,12 +107,15 @@ class Node:
 
 
 @asynccontextmanager
-async def node_with_coordinator(tiny: Path, folder: Path) -> AsyncIterator[Node]:
+async def node_with_coordinator(
+    tiny: Path, folder: Path, settings: CoordinatorSettings | None = None
+) -> AsyncIterator[Node]:
+    """The coordinator's files are in `folder / "coordinator"`."""
     checkpoint = Checkpoint.open(str(tiny))
     ledger, compute = Ledger(1 << 40), Compute()
     model = NodeModel(checkpoint, Span(0, BLOCKS), torch.float32, CPU, ledger)
     facts = ModelFacts("tiny", "local", checkpoint.model_hash, BLOCKS, model.adapters)
-    coordinator = await Coordinator.open(folder / "coordinator", facts, Identity.generate())
+    coordinator = await Coordinator.open(folder / "coordinator", facts, Identity.generate(), settings)
     tls = ServerTls.load_or_create(folder)
     server = RpcServer(COORDINATOR_SERVICE, coordinator.service, tls)
     port = await server.start("127.0.0.1", 0)
