@@ -18,7 +18,7 @@ async def _export(at: Node, round: int) -> dict[str, bytes]:
 
 async def test_a_past_round_is_exported(tiny: Path, tmp_path: Path) -> None:
     # No call waits until it is made: the client asks until it is.
-    settings = CoordinatorSettings(making_wait_s=0.0)
+    settings = CoordinatorSettings(making_wait_s=0.0, kept_rounds=1)
     async with node_with_coordinator(tiny, tmp_path, settings) as at:
         job_id = await at.submit(job())
         exported = {}
