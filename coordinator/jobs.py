@@ -301,6 +301,7 @@ class Jobs:
         Raises BeingMade, CorruptData, StorageError.
         """
         for job_id, round in await asyncio.to_thread(self._shared.storage.outcomes.with_file, digest):
-            if job_id in self._drivers:
-                return await self._past.file(self._drivers[job_id].results, round, digest)
+            driver = self._drivers.get(job_id)
+            if driver is not None:
+                return await self._past.file(driver.results, driver.kept_rounds, round, digest)
         return None

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import structlog
 
@@ -22,8 +24,10 @@ from swarm.ids import sha256
 
 _MOST = 8
 """Rounds being made or waiting for it."""
-_HELD_BYTES = 256 * 1024**2
-"""What is held beside the round that was made last."""
+_LEAST_HELD = 2
+"""Whatever their size: two who read in turns must not make each other's round be made again for every piece."""
+_HELD_BYTES = 512 * 1024**2
+"""What more of them may take together."""
 _IDLE_S = 60.0
 Key = tuple[str, bytes]
 """Job, and the hash of the parameters: a round that was discarded has other ones."""
@@ -62,14 +66,15 @@ class PastRounds:
         if self._idle is not None:
             self._idle.cancel()
 
-    async def file(self, results: JobResults, round: int, digest: bytes) -> bytes:
-        """A file of the round's adapter.
+    async def file(self, results: JobResults, kept: Collection[int], round: int, digest: bytes) -> bytes:
+        """A file of the round's adapter. `kept`: rounds whose state is here, to make it from.
 
         Raises BeingMade: not within the time of a call, or others wait already; CorruptData: an update is damaged or
         gone, or this release writes other files; StorageError.
         """
         outcome = await asyncio.to_thread(self._storage.outcomes.of, results.job_id, round)
-        made = await self._get((results.job_id, outcome.params_hash), results, round)
+        make = partial(self._make, results, kept, round)
+        made = await self._get((results.job_id, outcome.params_hash), round, make)
         content = made.files.get(digest)
         if content is None:
             raise CorruptData(
@@ -79,7 +84,7 @@ class PastRounds:
             )
         return content
 
-    async def _get(self, key: Key, results: JobResults, round: int) -> _Made:
+    async def _get(self, key: Key, round: int, make: Callable[[Key], Coroutine[Any, Any, _Made]]) -> _Made:
         made = self._held.get(key)
         if made is None:
             task = self._under_way.get(key)
@@ -89,7 +94,7 @@ class PastRounds:
                         self._under_way.values(), timeout=self._wait_s, return_when=asyncio.FIRST_COMPLETED
                     )
                     raise BeingMade(f"the adapters of {_MOST} other rounds are made first")
-                task = asyncio.get_running_loop().create_task(self._make(key, results, round))
+                task = asyncio.get_running_loop().create_task(make(key))
                 task.add_done_callback(lambda ended: ended.exception())  # nobody may be waiting any more
                 self._under_way[key] = task
             # Not cancelled with its caller: who asks again finds it further.
@@ -100,12 +105,12 @@ class PastRounds:
         self._hold(key, made)
         return made
 
-    async def _make(self, key: Key, results: JobResults, round: int) -> _Made:
+    async def _make(self, results: JobResults, kept: Collection[int], round: int, key: Key) -> _Made:
         try:
             async with self._one:
                 start = await self._start(results.job_id, round)
                 params, exported = await asyncio.to_thread(
-                    results.replay, self._storage, round, start, lambda: self._stopping
+                    results.replay, self._storage, round, start, kept, lambda: self._stopping
                 )
                 made = _Made(round, params, {sha256(content): content for content in exported.values()})
                 self._hold(key, made)
@@ -131,7 +136,7 @@ class PastRounds:
     def _hold(self, key: Key, made: _Made) -> None:
         self._held[key] = made
         self._held.move_to_end(key)
-        while len(self._held) > 1 and sum(other.size for other in self._held.values()) > made.size + _HELD_BYTES:
+        while len(self._held) > _LEAST_HELD and sum(other.size for other in self._held.values()) > _HELD_BYTES:
             self._held.popitem(last=False)
         if self._idle is not None:
             self._idle.cancel()

@@ -7,7 +7,7 @@ initial parameters; every block is checked against its hash after every round. B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import structlog
@@ -45,12 +45,13 @@ class Replay:
         self._initial = initial
         self._stopping = stopping
 
-    def parameters(self, round: int, known: tuple[int, Parameters] | None = None) -> Parameters:
-        """After a committed round. `known` are a round before it and the parameters after that.
+    def parameters(self, round: int, known: tuple[int, Parameters] | None, kept: Collection[int]) -> Parameters:
+        """After a committed round. `known` are a round before it and the parameters after that; `kept` the rounds whose
+        state is here.
 
         Raises CorruptData: an update is damaged or gone; StorageError: the disk refuses, or the coordinator stops.
         """
-        start, params = self._nearest(round, known)
+        start, params = self._nearest(round, known, kept)
         for number in range(start + 1, round + 1):
             if self._stopping():
                 raise StorageError("the coordinator stops", "ask again once it runs")
@@ -60,8 +61,11 @@ class Replay:
                 raise CorruptData(f"the update of round {number} cannot be used: {error.cause}") from error
         return params
 
-    def _nearest(self, round: int, known: tuple[int, Parameters] | None) -> tuple[int, Parameters]:
-        for number in range(round, known[0] if known else 0, -1):
+    def _nearest(
+        self, round: int, known: tuple[int, Parameters] | None, kept: Collection[int]
+    ) -> tuple[int, Parameters]:
+        first = known[0] if known else 0
+        for number in sorted((number for number in kept if first < number <= round), reverse=True):
             outcome = self._storage.outcomes.of(self._job_id, number)
             for blob, read in ((outcome.snapshot_blob, self._snapshot), (outcome.state_blob, self._state)):
                 if self._blobs.size(blob) is None:

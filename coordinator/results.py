@@ -7,7 +7,7 @@ again from the one before. Every method blocks; nothing here decides what counts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -87,14 +87,19 @@ class JobResults:
         return self.aggregate(storage, round) if round else self.initial()
 
     def replay(
-        self, storage: Storage, round: int, start: tuple[int, Parameters] | None, stopping: Callable[[], bool]
+        self,
+        storage: Storage,
+        round: int,
+        known: tuple[int, Parameters] | None,
+        kept: Collection[int],
+        stopping: Callable[[], bool],
     ) -> tuple[Parameters, dict[str, bytes]]:
         """Parameters and adapter of any committed round, from the updates (`coordinator.replay`); writes nothing.
 
         Raises CorruptData: an update is damaged or gone; StorageError.
         """
         replay = Replay(storage, self._blobs, self.job_id, self.shapes, self._initial, stopping)
-        params = replay.parameters(round, start)
+        params = replay.parameters(round, known, kept)
         return params, self._export(params)
 
     def aggregate(self, storage: Storage, round: int) -> Outcome:

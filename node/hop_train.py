@@ -118,14 +118,20 @@ class TrainHop(ChainHop):
         return torch.tensor(ids).reshape(rows, columns)
 
     async def on_backward(self, message: pb.Backward, payload: bytes) -> None:
-        stage = self._ready()
+        try:
+            await self._backward(message, payload)
+        except ProtocolError as error:
+            # Gradients come from the next hop; to the last one they come from the lead, whose own fault they are.
+            raise error if self.last else error.blaming(self.hops[self.request.index + 1].peer_id) from error
+
+    async def _backward(self, message: pb.Backward, payload: bytes) -> None:
+        stage, shard = self._ready(), self.server.model.shard
         if not self._room.held:
             raise ProtocolError(f"a gradient for batch {message.seq}, which never came")
         if message.squared_norm < 0:
-            raise self._blame_behind(ProtocolError(f"a squared norm of {message.squared_norm}"))
+            raise ProtocolError(f"a squared norm of {message.squared_norm}")
         if not message.void:
             payload_size(message.tensor)
-        shard = self.server.model.shard
 
         def compute() -> tuple[_Packed | None, float]:
             packed = None
@@ -136,10 +142,7 @@ class TrainHop(ChainHop):
                 packed = pack(gradient, self.encoding, scaled=self.scaled) if is_finite(gradient) else None
             return packed, stage.squared_norm() if message.last else 0.0
 
-        try:
-            packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
-        except ProtocolError as error:
-            raise self._blame_behind(error) from error
+        packed, own = await self.server.compute.run(Priority.TRAIN, compute, rank=RANK_BACKWARD)
         await self._room.backward()
         reply = pb.Backward(seq=message.seq, last=message.last, void=packed is None)
         reply.squared_norm = message.squared_norm + own
@@ -148,10 +151,6 @@ class TrainHop(ChainHop):
         else:
             reply.tensor.CopyFrom(packed[0])
             await self.send_back(pb.Frame(backward=reply), packed[1])
-
-    def _blame_behind(self, error: ProtocolError) -> ProtocolError:
-        """Gradients come from the next hop; to the last one they come from the lead, whose own fault they are."""
-        return error if self.last else error.blaming(self.hops[self.request.index + 1].peer_id)
 
     async def on_other(self, frame: pb.Frame) -> None:
         kind, stage = frame.WhichOneof("kind"), self._ready()

@@ -7,6 +7,7 @@ its successor's state is in the same folder.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Members:
         """Tasks that settle a round, and which."""
         self._leaving: set[str] = set()
         self._over: set[str] = set()
+        self._discarding: asyncio.Task[None] | None = None
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._members
@@ -90,6 +92,9 @@ class Members:
         return member
 
     async def _stage(self, span: Span, spec: JobSpec, owner: str) -> AdapterStage:
+        if self._discarding is not None:
+            # It is charged for, under the same name.
+            await asyncio.wait({self._discarding})
         building = asyncio.ensure_future(
             self._compute.run(
                 Priority.BACKGROUND,
@@ -99,10 +104,8 @@ class Members:
         try:
             return await asyncio.shield(building)
         except asyncio.CancelledError:
-            # What the thread makes all the same is charged for: it must go before anybody makes the next one.
-            await asyncio.wait({building})
-            if building.exception() is None:
-                building.result().close()
+            # The thread makes it all the same. Who gave up is not held up: it may be the poll.
+            self._discarding = asyncio.create_task(_discard(building))
             raise
 
     async def resume(self, assignment: pb.Assignment) -> None:
@@ -182,3 +185,9 @@ class Members:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _discard(building: asyncio.Future[AdapterStage]) -> None:
+    """A stage that nobody waits for any more."""
+    with suppress(SwarmError):
+        (await building).close()

@@ -127,9 +127,9 @@ async def test_an_update_that_is_lost_is_named(tmp_path: Path, harm: str) -> Non
     _harm(tmp_path, lost, harm)
     async with opened(tmp_path, **FEW) as swarm:
         await _make_room(swarm)
-        for number in (1, 4, ROUNDS):  # of the last but one the outer state is here
+        for number in (1, ROUNDS):
             assert await _adapter(swarm, number) == adapters[number]
-        for number in (2, 3):
+        for number in (2, 3, 4):
             with pytest.raises(CorruptData, match=f"adapter of round {number} .* the update of round 2 cannot be used"):
                 await _adapter(swarm, number)
 
@@ -208,15 +208,22 @@ async def test_few_rounds_wait_to_be_made_and_none_holds_up_the_end(
         assert adapters.made == made + 1, "the one that was under way; what waited is given up"
 
 
-async def test_a_damaged_outer_state_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [("snapshot",), ("snapshot", "state"), ("state", "snapshot", "payloads")])
+async def test_a_kept_rounds_adapter_is_made_from_whatever_is_whole(tmp_path: Path, lost: tuple[str, ...]) -> None:
     async with opened(tmp_path, **FEW) as swarm:
         await _start(swarm)
-        adapters = await _train(swarm, 1, ROUNDS)
-        state = _outcome(swarm, ROUNDS - 1).state_blob
-    _harm(tmp_path, state, "damaged")
+        adapters = await _train(swarm, 1, 3)
+        outcome = _outcome(swarm, 3)
+        held = swarm.coordinator._shared.storage.contributions(swarm.driver.job.job_id, 3)
+    parts = {
+        "snapshot": [outcome.snapshot_blob],
+        "state": [outcome.state_blob],
+        "payloads": [contribution.payload for contribution in held],
+    }
+    for blob in [outcome.files[-1].sha256, *(blob for part in lost for blob in parts[part])]:
+        _harm(tmp_path, blob, "damaged")
     async with opened(tmp_path, **FEW) as swarm:
-        await _make_room(swarm)
-        assert await _adapter(swarm, ROUNDS - 1) == adapters[ROUNDS - 1], "from the updates instead"
+        assert await _adapter(swarm, 3) == adapters[3]
 
 
 async def test_two_files_of_one_round_asked_for_at_once(tmp_path: Path) -> None:
