@@ -1260,11 +1260,11 @@ class JobStatus(_message.Message):
     def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainProgress]: ...
     @_builtins.property
     def adapter(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
-        """files of the newest kept round, in PEFT's layout"""
+        """files of `adapter_round`, in PEFT's layout"""
 
     @_builtins.property
     def kept_rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """rounds to resume from or to export"""
+        """rounds to resume from"""
 
     def __init__(
         self,
