@@ -77,5 +77,5 @@ class Outcomes:
         return [(job_id, round) for job_id, round in rows]
 
     def _rows(self, sql: str, *values: str | int | bytes) -> list[tuple[Any, ...]]:
-        # Rows are untyped here and nowhere else: STRICT tables guarantee what the records say.
+        # Rows are untyped, as in `Storage._read`: STRICT tables guarantee what the records say.
         return self._db.rows(sql, *values)

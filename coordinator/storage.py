@@ -449,5 +449,5 @@ class Storage:
         }
 
     def _read(self, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
-        # The one place where rows are untyped: STRICT tables guarantee what the records above say.
+        # Rows are untyped here and in `coordinator.outcomes`: STRICT tables guarantee what the records say.
         return self._db.rows(sql, *values)
