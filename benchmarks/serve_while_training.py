@@ -13,6 +13,9 @@ daemons and the coordinator. Three phases take turns, round by round:
     decode_p95_ratio   95th percentile of the time per token, both over idle
     training_ratio     trained tokens a second, both over alone; what ends a round counts where one ends within a phase
 
+Training is counted in whole steps: of a phase, from the end of a step to that of another. A step that lies across two
+phases would lend the slow one some of the other's speed.
+
 Prefill is not timed; `first_token_s` says what it takes with the rest of a session's opening. All texts must be the
 same, token for token; else the exit status is 1.
 """
@@ -101,20 +104,17 @@ class _Bench:
         self._wait_rest()
         idle_s = [gap for _ in range(_IDLE_TEXTS) for gap in self._decode("idle" if counts else "")]
         self._swarm("resume", _JOB)
-        self._wait_steps(len(self._steps()) + 1)
-        began = time.time()
-        time.sleep(seconds)
-        middle = time.time()
+        began_s = self._wait_step_after(time.time())
+        middle_s = self._wait_step_after(began_s + seconds)
         both_s: list[float] = []
-        while time.time() < middle + seconds:
+        while time.time() < middle_s + seconds or self._last_step_s() <= middle_s:
             both_s += self._decode("both" if counts else "")
-        ended = time.time()
-        self._wait_steps(len(self._steps()) + 1)
+        ended_s = self._last_step_s()
         if counts:
             self._idle_s.append(idle_s)
             self._both_s.append(both_s)
-            self._alone_tok_s.append(trained(self._steps(), began, middle) / (middle - began))
-            self._both_tok_s.append(trained(self._steps(), middle, ended) / (ended - middle))
+            self._alone_tok_s.append(tokens_per_s(self._steps(), began_s, middle_s))
+            self._both_tok_s.append(tokens_per_s(self._steps(), middle_s, ended_s))
         self._swarm("pause", _JOB)
 
     def result(self) -> dict[str, Any]:
@@ -154,6 +154,17 @@ class _Bench:
             self._node.check()
             time.sleep(0.1)
 
+    def _last_step_s(self) -> float:
+        """When the newest step ended, by the clock."""
+        return _ended_s(self._steps()[-1])
+
+    def _wait_step_after(self, moment_s: float) -> float:
+        """When the first step after that moment ended, as soon as it has."""
+        while (ended_s := self._last_step_s()) <= moment_s:
+            self._node.check()
+            time.sleep(0.05)
+        return ended_s
+
     def _wait_rest(self) -> None:
         """Until the node has ended the piece that it computed when the job was paused."""
         family = self._node.family()
@@ -166,14 +177,13 @@ class _Bench:
         run_command("job", *command, "--join", self._join, "--data-dir", str(self._owner))
 
 
-def trained(steps: Sequence[dict[str, Any]], start_s: float, end_s: float) -> float:
-    """Tokens that were trained between two moments; a step across one counts by its part."""
-    total = 0.0
-    for step in steps:
-        ended_s = datetime.fromisoformat(step["timestamp"]).timestamp()
-        within_s = min(ended_s, end_s) - max(ended_s - step["took_s"], start_s)
-        total += step["tokens"] * max(0.0, within_s) / step["took_s"]
-    return total
+def tokens_per_s(steps: Sequence[dict[str, Any]], start_s: float, end_s: float) -> float:
+    """Trained from the end of one step to that of another."""
+    return sum(int(step["tokens"]) for step in steps if start_s < _ended_s(step) <= end_s) / (end_s - start_s)
+
+
+def _ended_s(step: dict[str, Any]) -> float:
+    return datetime.fromisoformat(str(step["timestamp"])).timestamp()
 
 
 def _percentile(values: Sequence[float], rank: int) -> float:

@@ -171,12 +171,17 @@ class Node:
         async def run(request: Json) -> Json:
             chain = await chain_at(str(request["activations"]))
             driver = StepDriver(head, self.stage, self.compute, chain)
-            parts = microbatches(self.spec.schedule, 1 if chain is None else 2)
+            schedule, nodes = self.spec.schedule, 1 if chain is None else 2
+            most = 0
 
             async def step(b: Batch) -> float:
-                return (await driver.step(split_batch(b, parts), self.spec.inner.lr)).loss
+                nonlocal most
+                parts = split_batch(b, microbatches(schedule, nodes, b.lengths, head.device))
+                most = max(most, len(parts))
+                return (await driver.step(parts, self.spec.inner.lr)).loss
 
-            return {"microbatches": parts, **await take_steps(request, self.tokenizer, self.settings, step)}
+            taken = await take_steps(request, self.tokenizer, self.settings, step)
+            return {"microbatches": most, **taken}
 
         await answer(run, **ready)
         self.compute.stop()

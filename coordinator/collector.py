@@ -1,8 +1,9 @@
 """When the blobs that nobody needs any more are removed.
 
-In: the rows that refer to blobs, and the blobs. Out: room: now and then by the clock, so that it depends on no
-round being committed, and whenever it is asked for. One pass at a time; never of what a row refers to, nor of
-what was used a moment ago (`coordinator.blobs`). A pass that a disk refuses loses nothing but room, and is logged.
+In: the rows that refer to blobs, and the blobs. Out: room: now and then by the clock, and whenever it is asked for,
+by a full disk or at a job's end; not with every round, since a pass goes through the rows and blobs of all rounds.
+One pass at a time; never of what a row refers to, nor of what was used a moment ago (`coordinator.blobs`). A pass that
+a disk refuses loses nothing but room, and is logged.
 """
 
 from __future__ import annotations

@@ -436,7 +436,6 @@ class JobDriver:
         # Known before it counts: whoever sees the committed round finds its update.
         self.published[round] = outcome
         await self._apply(CommitNow(round, self._now(), self._absent()))
-        await self._shared.collector.collect()
 
     def _forget_old(self) -> None:
         """What no row refers to any more: a round that is out of date, or was the best one until now."""

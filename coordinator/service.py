@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 
 from coordinator import views
+from coordinator.blobs import Progress
 from coordinator.driver import JobDriver
 from coordinator.intake import Intake
 from coordinator.jobs import Jobs
@@ -29,6 +30,7 @@ from swarm.errors import (
     BlobAbsent,
     ContributionError,
     CorruptData,
+    DiskFull,
     FrameTooLarge,
     InputError,
     JobConflict,
@@ -158,15 +160,22 @@ class CoordinatorService:
     # --- pieces -------------------------------------------------------------------------------
 
     async def put_piece(self, caller: str, request: pb.PutPieceRequest) -> pb.PutPieceReply:
-        """Raises FrameTooLarge, ProtocolError, CorruptData, StorageError."""
+        """A full disk has room made once. Raises FrameTooLarge, ProtocolError, CorruptData, StorageError."""
         limit = self._shared.settings.max_piece_bytes
         if len(request.data) > limit:
             raise FrameTooLarge(f"a piece of {len(request.data)} bytes is over the cap of {limit}")
         async with self._heard(caller):
-            progress = await self._turns.take(
-                self._shared.blobs.put_piece, request.sha256, request.size, request.offset, request.data
-            )
+            try:
+                progress = await self._put(request)
+            except DiskFull:
+                await self._shared.collector.collect()
+                progress = await self._put(request)
         return pb.PutPieceReply(committed=progress.committed, complete=progress.complete)
+
+    async def _put(self, request: pb.PutPieceRequest) -> Progress:
+        return await self._turns.take(
+            self._shared.blobs.put_piece, request.sha256, request.size, request.offset, request.data
+        )
 
     async def get_piece(self, caller: str, request: pb.GetPieceRequest) -> pb.GetPieceReply:
         """At most `max_piece_bytes`. Raises ProtocolError, BlobAbsent, BeingMade, CorruptData, StorageError."""

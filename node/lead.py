@@ -10,12 +10,14 @@ nothing, and is counted; a round without any other step is not contributed.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+import torch
 
 from node.batches import OneAhead
 from node.member import Work
@@ -198,15 +200,16 @@ class LeadLoop:
     def _batches(self, assignment: pb.Assignment, lease: pb.LeaseReply, steps: int) -> OneAhead[_Made]:
         """Of the lease's inner steps, each tokenized while the one before is computed."""
         ranges = [(r.start, r.end) for r in lease.ranges]
-        parts = microbatches(self._spec.schedule, len(assignment.hops)) * self._spec.schedule.accumulate
-        return OneAhead(lambda step: self._make(ranges, step, parts), steps)
+        return OneAhead(lambda step: self._make(ranges, step, len(assignment.hops)), steps)
 
-    def _make(self, ranges: list[tuple[int, int]], step: int, parts: int) -> _Made:
+    def _make(self, ranges: list[tuple[int, int]], step: int, nodes: int) -> _Made:
         """On a thread. Raises DatasetError, UnsupportedModel."""
         schedule = self._spec.schedule
         positions = batch_positions(ranges, step, schedule.samples_per_step)
         indices = [sample_index(position, len(self._dataset), schedule.seed) for position in positions]
         samples = [self._dataset.encode(index) for index in indices]
+        lengths = [len(sample.input_ids) for sample in samples]
+        parts = microbatches(schedule, nodes, lengths, self._head.device)
         pad_id = self._tokenizer.pad_token_id or 0
         if self._spec.data.packing:
             batch = collate_packed(samples, pad_id, parts, schedule.max_length)
@@ -225,11 +228,13 @@ class LeadLoop:
             chosen = indices[first : first + schedule.batch_size]
             samples = [dataset.encode(index) for index in chosen]
             batch = collate(samples, self._tokenizer.pad_token_id or 0)
-            yield from (part.batch for part in split_batch(batch, microbatches(schedule, nodes)))
+            parts = microbatches(schedule, nodes, batch.lengths, self._head.device)
+            yield from (part.batch for part in split_batch(batch, parts))
 
 
-def microbatches(schedule: Schedule, nodes: int) -> int:
-    """Into how many parts a pipeline of so many nodes takes one batch."""
-    if schedule.microbatches == "auto":
-        return auto_microbatches(nodes, schedule.batch_size)
-    return schedule.microbatches
+def microbatches(schedule: Schedule, nodes: int, lengths: Sequence[int], device: torch.device) -> int:
+    """Into how many parts a pipeline of so many nodes takes one optimizer step's samples of these lengths."""
+    batches = math.ceil(len(lengths) / schedule.batch_size)
+    if schedule.microbatches != "auto":
+        return schedule.microbatches * batches
+    return auto_microbatches(nodes, len(lengths) // batches, sum(lengths) // batches, device.type) * batches

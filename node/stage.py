@@ -77,7 +77,7 @@ class AdapterStage:
         model = self._model
         # A view of its own: injection replaces modules, which serving views must not see.
         self._view = model.shard.view(self.span)
-        self.parameters = model.adapters.attach(self._view, spec.method)
+        self.parameters = model.adapters.attach(self._view, spec.method, give_way)
         self._optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=spec.inner.lr,

@@ -38,10 +38,18 @@ def window(nodes: int, index: int) -> Window:
     return Window(nodes + 1 - index, 2 * (nodes + 1 - index))
 
 
-def auto_microbatches(nodes: int, batch_size: int) -> int:
-    """Microbatches of a batch unless the job says how many. More of them leave fewer gaps, but a product of
-    few rows costs more a row (docs/experiments.md)."""
-    return 1 if nodes == 1 else min(batch_size, 2 * nodes)
+_LEAST_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Of a microbatch where no other node waits: products of fewer rows cost more a row (docs/experiments.md; for a GPU by
+calculation)."""
+
+
+def auto_microbatches(nodes: int, samples: int, tokens: int, device_type: str) -> int:
+    """Microbatches of a batch unless the job says how many.
+
+    In a pipeline more of them leave fewer gaps. On a node alone they are as small as costs nothing: they are sorted by
+    length, so there is less padding, activations take less memory, and who is served waits for shorter pieces."""
+    most = 2 * nodes if nodes > 1 else max(1, tokens // _LEAST_TOKENS[device_type])
+    return min(samples, most)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 
-TRAINING_SHARE = 0.52
-"""Unless told: either side takes about twice as long as alone while both have work. A little more than half, because
-training computes more slowly in turns than alone (ADR 9)."""
+TRAINING_SHARE = 0.55
+"""Unless told: either side takes about twice as long as alone while both have work. More than half, because training
+computes more slowly in turns than alone, and who is served has other things to wait for (ADR 9)."""
 _LATELY_S = 1.0
 
 

@@ -19,7 +19,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from swarm.model.parted import row_parts
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,14 +35,20 @@ class _Fused(torch.autograd.Function):
         a_RI: Any,
         b_OR: Any,
         scale: float,
+        between: Callable[[], None],
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         a_RI, b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        y_NO = functional.linear(x_NI, weight_OI, bias)
         u_NR = x_NI @ a_RI.t()
-        y_NO.addmm_(u_NR, b_OR.t(), alpha=scale)
+        y_NO = x_NI.new_empty((len(x_NI), len(weight_OI)))
+        for part in row_parts(x_NI, weight_OI, between):
+            if bias is None:
+                torch.mm(x_NI[part], weight_OI.t(), out=y_NO[part])
+            else:
+                torch.addmm(bias, x_NI[part], weight_OI.t(), out=y_NO[part])
+            y_NO[part].addmm_(u_NR[part], b_OR.t(), alpha=scale)
         ctx.save_for_backward(x_NI, u_NR, weight_OI, a_RI, b_OR)
-        ctx.scale = scale
+        ctx.scale, ctx.between = scale, between
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -50,32 +57,40 @@ class _Fused(torch.autograd.Function):
         x_NI, u_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_u_NR = (grad_NO @ b_OR).mul_(ctx.scale)
-        grad_a = (grad_u_NR.t() @ x_NI).float()
-        grad_b = (grad_NO.t() @ u_NR).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ weight_OI).addmm_(grad_u_NR, a_RI).view(*grad.shape[:-1], -1)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_NI = grad_NO.new_empty((len(grad_NO), weight_OI.shape[1]))
+            for part in row_parts(grad_NO, weight_OI, ctx.between):
+                torch.mm(grad_NO[part], weight_OI, out=grad_NI[part]).addmm_(grad_u_NR[part], a_RI)
+            grad_x = grad_NI.view(*grad.shape[:-1], -1)
+        ctx.between()
+        grad_a = (grad_u_NR.t() @ x_NI).float()
+        grad_b = (grad_NO.t() @ u_NR).float().mul_(ctx.scale)
+        return grad_x, None, None, grad_a, grad_b, None, None
 
 
-def fuse(model: nn.Module, adapter: str) -> None:
-    """Let the LoRA layers of `adapter` run fused where they can. Its parameters must be float32."""
+def fuse(model: nn.Module, adapter: str, between: Callable[[], None] = lambda: None) -> None:
+    """Let the LoRA layers of `adapter` run fused where they can. Its parameters must be float32. `between` is called
+    between parts of a layer's product, forward and backward."""
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         # Subclasses that only multiply few rows another way have the same weight.
         if not isinstance(base, nn.Linear) or "weight" not in base._parameters or base.weight.dtype not in _DTYPES:
             continue
         if adapter in getattr(module, "lora_A", {}) and not module.lora_variant:
-            module.forward = _forward(module, base, adapter, module.forward)
+            module.forward = _forward(module, base, adapter, module.forward, between)
 
 
-def _forward(module: Any, base: nn.Linear, adapter: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(
+    module: Any, base: nn.Linear, adapter: str, plain: Callable[..., Any], between: Callable[[], None]
+) -> Callable[..., Any]:
     a, b, scale = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         plainly = args or kwargs or not torch.is_grad_enabled() or x.dtype != base.weight.dtype
         if plainly or torch.is_autocast_enabled(x.device.type):
             return cast(torch.Tensor, plain(x, *args, **kwargs))
-        return cast(torch.Tensor, _Fused.apply(x, base.weight, base.bias, a, b, scale))  # type: ignore[no-untyped-call]
+        fused = _Fused.apply(x, base.weight, base.bias, a, b, scale, between)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, fused)
 
     return forward

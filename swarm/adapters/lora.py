@@ -120,8 +120,11 @@ def initial(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     return ((unit * np.float32(2.0) - np.float32(1.0)) * bound).reshape(shape)
 
 
-def attach(model: nn.Module, layers: str, span: Span, method: LoraMethod) -> dict[str, nn.Parameter]:
-    """Inject LoRA into a view's base model; returns its float32 parameters by key, values unset."""
+def attach(
+    model: nn.Module, layers: str, span: Span, method: LoraMethod, between: Callable[[], None] = lambda: None
+) -> dict[str, nn.Parameter]:
+    """Inject LoRA into a view's base model; returns its float32 parameters by key, values unset. `between`: as
+    `swarm.adapters.fused.fuse` has it."""
     blocks = cast(nn.ModuleList, model.get_submodule(layers))
     # Into the blocks, not the model: PEFT would take names of linear layers for experts' stacked weights in families
     # whose experts once were linear layers of those names.
@@ -134,7 +137,7 @@ def attach(model: nn.Module, layers: str, span: Span, method: LoraMethod) -> dic
                 index, rest = name[: -len(mark)].split(".", 1)
                 parameter.data = parameter.data.to(torch.float32)
                 found[param_key(int(index) + span.start, rest + short)] = parameter
-    fuse(blocks, _ADAPTER)
+    fuse(blocks, _ADAPTER, between)
     return found
 
 

@@ -8,7 +8,7 @@ on-disk format) is here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,9 +67,12 @@ class ModelAdapters:
     def initial_span(self, method: LoraMethod, seed: int, span: Span) -> Parameters:
         return {key: lora.initial(key, shape, seed) for key, shape in self.span_shapes(method, span).items()}
 
-    def attach(self, view: View, method: LoraMethod) -> dict[str, nn.Parameter]:
-        """Inject the method's modules into a view; its float32 parameters by key, to be set by `set_values`."""
-        return lora.attach(view.model, self._parts.layers, view.span, method)
+    def attach(
+        self, view: View, method: LoraMethod, between: Callable[[], None] = lambda: None
+    ) -> dict[str, nn.Parameter]:
+        """Inject the method's modules into a view; its float32 parameters by key, to be set by `set_values`.
+        `between` is called within their longest products, forward and backward."""
+        return lora.attach(view.model, self._parts.layers, view.span, method, between)
 
     def export(
         self, method: LoraMethod, params: Mapping[str, NDArray[np.float32]], model_name: str

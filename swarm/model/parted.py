@@ -1,7 +1,8 @@
-"""A wide linear layer's product in parts, so that who is served need not wait for the end of it.
+"""A linear layer's product in parts, so that who is served need not wait for the end of it.
 
-A part holds some of the layer's outputs, and takes no more time than its share of the whole (docs/experiments.md).
-Backward sums over the parts in their order, which rounds otherwise than the whole product does.
+A part takes no more time than its share of the whole (docs/experiments.md). It holds some of the rows, or some of
+the outputs of a layer as wide as the vocabulary; then backward sums over the parts in their order, which rounds
+otherwise than the whole product does.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-_PART_PRODUCTS = {"cpu": 2**28, "cuda": 2**38}
-"""Multiplications of a part, about: some 5 ms of one core; for a GPU by calculation."""
+_PART_PRODUCTS = {"cpu": 2**27, "cuda": 2**38}
+"""Multiplications of a part, about: some 3 ms of one core; for a GPU by calculation."""
+_LEAST_ROWS = 128
+"""Fewer rows would take longer each: every part reads the whole matrix."""
+
+
+def row_parts(rows_NI: torch.Tensor, matrix: torch.Tensor, between: Callable[[], None]) -> Iterator[slice]:
+    """Rows to multiply by a matrix in one go, in order; `between` is called between them."""
+    most = _PART_PRODUCTS[rows_NI.device.type] // max(1, matrix.numel())
+    return _parts(len(rows_NI), max(_LEAST_ROWS, most), between)
 
 
 def linear_in_parts(rows_ND: torch.Tensor, layer: nn.Linear, between: Callable[[], None]) -> torch.Tensor:

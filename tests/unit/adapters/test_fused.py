@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from swarm.adapters.fused import fuse
+from swarm.model import parted
 
 
 def layer_of(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -42,6 +43,22 @@ def test_outputs_and_gradients_are_pefts(bias: bool, shape: tuple[int, ...], inp
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
     assert "Fused" in fused(x).grad_fn.name()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_of_a_product_come_to_the_whole_and_stop_between(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    whole, parts = layer_of(bias=bias), layer_of(bias=bias)
+    stops: list[bool] = []
+    fuse(whole, "default")
+    fuse(parts, "default", lambda: stops.append(torch.is_grad_enabled()))
+    x = torch.randn(3, 50, 24)
+    expected = results(whole, x)
+    monkeypatch.setattr(parted, "_LEAST_ROWS", 32)
+    monkeypatch.setitem(parted._PART_PRODUCTS, "cpu", 40 * 24 * 40)
+    found = results(parts, x)
+    assert len(stops) == 3 + 3 + 1, "between four parts of at most 40 rows, forward and backward, and once after"
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
 
 
 def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:

@@ -11,7 +11,7 @@ from coordinator_swarm import ONE, ONE_PIPELINE, Swarm, opened
 
 from coordinator.collector import PASSES_A_GRACE
 from coordinator.round_model import JobState
-from swarm.errors import StorageError
+from swarm.errors import DiskFull, StorageError
 from swarm.ids import sha256
 from swarm.wire.v1 import coordinator_pb2 as pb
 
@@ -82,6 +82,25 @@ async def test_a_disk_full_of_what_nobody_needs_is_not_full(tmp_path: Path) -> N
         await swarm.clock.sleep_over(5)
         await swarm.until(lambda: swarm.driver.committed_round == 1)
         assert left not in _whole(tmp_path)
+
+
+async def test_an_upload_that_meets_a_full_disk_has_room_made(tmp_path: Path) -> None:
+    left = sha256(b"left").hex()
+
+    def point(name: str) -> None:
+        if armed and name == "before piece write" and left in _whole(tmp_path):
+            raise OSError(28, "No space left on device")
+
+    armed = False
+    async with opened(tmp_path, durable_point=point, blob_grace_s=GRACE_S) as swarm:
+        swarm.clock.advance(LATER_S)
+        await upload(swarm.service, "somebody", b"left")
+        armed = True
+        with pytest.raises(DiskFull):
+            await upload(swarm.service, "me", DATASET)
+        await _until_just_stale(swarm)
+        await upload(swarm.service, "me", DATASET)
+        assert _whole(tmp_path) == [sha256(DATASET).hex()]
 
 
 @pytest.mark.parametrize("end", ["scored", "stopped"])

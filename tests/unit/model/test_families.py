@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma4TextConfig, GlmMoeDsaConfig, LlamaConfig
 
-from benchmarks.families import Cut, check, randomize
+from benchmarks.families import Cut, check, load_whole, randomize
 from benchmarks.families_configs import families, variants
 from swarm.errors import CorruptData, SpanError, UnsupportedModel
 from swarm.ids import Span
@@ -103,7 +103,7 @@ def test_names_of_the_hub_are_understood(tmp_path: Path) -> None:
 
 def test_gradients_pass_through_a_cut_as_through_the_whole(tmp_path: Path) -> None:
     checkpoint = _save(variants("qwen3_next")[0], tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval().requires_grad_(False)
+    whole = load_whole(tmp_path).requires_grad_(False)
     cut = Cut(checkpoint, (0, 3, 6))
     ids = torch.randint(3, 90, (2, 7))
     embeds = [whole.get_input_embeddings()(ids).requires_grad_() for _ in range(2)]

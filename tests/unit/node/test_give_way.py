@@ -50,9 +50,10 @@ async def test_decoding_between_layers_leaves_training_bit_for_bit(tiny: Path) -
     stage.reset(start_values(part, spec, Span(0, BLOCKS)))
     alone = decode()
     loss, found = await compute.run(Priority.TRAIN, gradients, part, stage, head)
-    # Seven linear layers and the block itself, forward and backward, and thrice at the loss; the first block's input
-    # has no gradient, so its query, key and value layers still have one each.
-    assert len(asked) == 2 * 8 * BLOCKS + 3
+    # Seven linear layers and the block itself, forward and backward, once more within each adapted layer's backward
+    # pass, and thrice at the loss; the first block's input has no gradient, so its query, key and value layers still
+    # have one each.
+    assert len(asked) == (2 * 8 + 7) * BLOCKS + 3
     for each in asked:
         assert torch.equal(await asyncio.wrap_future(each), alone)  # type: ignore[arg-type]
     assert loss == expected[0]

@@ -100,4 +100,9 @@ async def test_a_stage_waits_for_a_gradient_where_memory_is_short() -> None:
 
 
 def test_how_many_microbatches_a_job_has_by_default() -> None:
-    assert [auto_microbatches(nodes, 8) for nodes in (1, 2, 3, 8)] == [1, 4, 6, 8]
+    assert [auto_microbatches(nodes, 8, 2000, "cpu") for nodes in (2, 3, 8)] == [4, 6, 8]
+
+
+def test_on_a_node_alone_they_are_as_small_as_costs_nothing() -> None:
+    assert [auto_microbatches(1, 8, tokens, "cpu") for tokens in (100, 600, 2000, 9000)] == [1, 2, 7, 8]
+    assert [auto_microbatches(1, 8, tokens, "cuda") for tokens in (2000, 9000)] == [1, 2]
