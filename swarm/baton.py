@@ -16,10 +16,13 @@ import threading
 import time
 from collections.abc import Callable
 
-TRAINING_SHARE = 0.55
+TRAINING_SHARE = 0.57
 """Unless told: either side takes about twice as long as alone while both have work. More than half, because training
 computes more slowly in turns than alone, and who is served has other things to wait for (ADR 9)."""
 _LATELY_S = 1.0
+_ALIKE, _SMOOTHING = 1.5, 8
+"""Pieces of serving within this factor of the usual one are alike: one that happened to take long does not make
+training's turn after it long, too. The usual one is a mean over about so many."""
 
 
 class Side(enum.Enum):
@@ -56,6 +59,8 @@ class Baton:
         """What training may still compute before serving goes on."""
         self._served_s = -_LATELY_S
         """When serving computed last."""
+        self._usual_s = 0.0
+        """What a piece of serving takes of late."""
 
     def waits(self, side: Side) -> bool:
         """Whether a side waits for the baton."""
@@ -114,7 +119,9 @@ class Baton:
         took_s = now_s - self._since_s
         self._since_s = now_s
         if self._holder is Side.SERVE:
-            self._owed_s = took_s * self._owed_ratio
+            alike = self._usual_s / _ALIKE < took_s < self._usual_s * _ALIKE
+            self._usual_s = self._usual_s + (took_s - self._usual_s) / _SMOOTHING if alike else took_s
+            self._owed_s = self._usual_s * self._owed_ratio
             self._served_s = now_s
         else:
             self._owed_s = max(0.0, self._owed_s - took_s)

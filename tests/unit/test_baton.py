@@ -69,6 +69,25 @@ def test_training_gets_its_share_before_serving_goes_on(share: float, owed_s: fl
     baton.give()
 
 
+def test_a_piece_that_happens_to_take_long_does_not_lengthen_trainings_turn() -> None:
+    clock = Clock()
+    baton = Baton(0.5, clock=clock)
+    baton.take(Side.TRAIN)
+    turns = []
+    for seconds in (2.0, 2.0, 2.8, 2.0, 10.0, 10.0):
+        serving = Serving(baton, clock, seconds)
+        serving.asks()
+        began_s = clock.now_s
+        baton.give_way()
+        while not serving.served.is_set():
+            clock.now_s += 0.01
+            baton.give_way()
+        turns.append(clock.now_s - seconds - began_s)
+    baton.give()
+    # Each turn follows the piece before it: of another kind are only the first and those of 10 seconds.
+    assert turns == pytest.approx([0.0, 2.0, 2.0, 2.1, 2.1 - 0.1 / 8, 10.0], abs=0.02)
+
+
 def test_serving_does_not_wait_for_training_that_has_nothing_to_do() -> None:
     clock = Clock()
     baton = Baton(0.5, clock=clock)
