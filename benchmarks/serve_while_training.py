@@ -3,8 +3,9 @@
 One `swarm node` process holds all of SmolLM2-135M and is the whole pipeline of a real job: LoRA r 8 on all linear
 layers, batches of 8 film reviews with every token labelled (the most that a head can have to do). A client in
 another process decodes greedily, one session. `--threads` are torch's in each process: the node's serving and
-training take turns on them (`swarm.baton`), so on two cores one is left to the client's head, the libp2p
-daemons and the coordinator. Three phases take turns, round by round:
+training take turns on them (`swarm.baton`). The client stands for another machine: it, the coordinator and the
+bootstrap have the last core with their libp2p daemons, in every phase, and the node may run on all. Three phases take
+turns, round by round:
 
     idle       the job is paused; the client decodes
     alone      the job runs; nobody asks
@@ -23,10 +24,11 @@ same, token for token; else the exit status is 1.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from itertools import chain, pairwise
 from pathlib import Path
@@ -74,13 +76,15 @@ class _Bench:
     """The processes, and what each phase gave."""
 
     def __init__(self, stack: ExitStack, folder: Path, tokens: int, threads: int, inner_steps: int) -> None:
-        join, _ = start_swarm(stack, folder, smollm2_folder(), (), threads)
-        self._join = start_coordinator(stack, folder, join)
+        with _on_last_core():
+            join, _ = start_swarm(stack, folder, smollm2_folder(), (), threads)
+            self._join = start_coordinator(stack, folder, join)
         self._node = start_node(stack, folder, "node", self._join, "0:30", threads)
         self._node.hear()
         client_folder = folder / "client"
         arguments = ["benchmarks.decode_sides", "swarm", str(threads), self._join, str(client_folder)]
-        self._client = Side(stack, "client", arguments, folder, {"OMP_WAIT_POLICY": "PASSIVE"})
+        with _on_last_core():
+            self._client = Side(stack, "client", arguments, folder, {"OMP_WAIT_POLICY": "PASSIVE"})
         self._request = {"prompt_ids": self._client.hear()["prompt_ids"], "tokens": tokens, "how": "swarm"}
         self._owner = folder / "owner"
         self._idle_s: list[list[float]] = []
@@ -175,6 +179,17 @@ class _Bench:
 
     def _swarm(self, *command: str) -> None:
         run_command("job", *command, "--join", self._join, "--data-dir", str(self._owner))
+
+
+@contextmanager
+def _on_last_core() -> Iterator[None]:
+    """Processes that are started within run there and nowhere else."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def tokens_per_s(steps: Sequence[dict[str, Any]], start_s: float, end_s: float) -> float:
