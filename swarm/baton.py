@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
-TRAINING_SHARE = 0.56
+TRAINING_SHARE = 0.57
 """Unless told: either side takes about twice as long as alone while both have work. More than half, because training
 computes more slowly in turns than alone, and who is served has other things to wait for (ADR 9)."""
 _LATELY_S = 1.0
