@@ -39,3 +39,17 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.inference_mode():
         rows = torch.randn(ROWS, WIDTH)
         torch.testing.assert_close(linear_in_parts(rows, layer, lambda: None), layer(rows))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
+def test_a_gradient_over_a_vocabulary_is_exact_to_five_digits_however_few_rows(rows: int) -> None:
+    """As a loss has it: the word that comes next weighs about as much as all others together."""
+    torch.manual_seed(1)
+    vocabulary, width = 49_152, 64
+    layer = nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    upstream = torch.softmax(torch.randn(rows, vocabulary), dim=-1)
+    upstream[:, 7] -= 1
+    (gradient,) = torch.autograd.grad(linear_in_parts(hidden, layer, lambda: None), hidden, upstream)
+    exact = upstream.double() @ layer.weight.double()
+    assert (gradient - exact).norm() < 1e-5 * exact.norm()
