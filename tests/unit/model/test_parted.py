@@ -42,14 +42,15 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
-def test_a_gradient_over_a_vocabulary_is_exact_to_five_digits_however_few_rows(rows: int) -> None:
-    """As a loss has it: the word that comes next weighs about as much as all others together."""
+def test_a_gradient_over_a_vocabulary_keeps_its_digits_however_few_rows(rows: int) -> None:
+    """As a loss has it: what the words have in common cancels out, since their weights sum to nothing."""
     torch.manual_seed(1)
     vocabulary, width = 49_152, 64
     layer = nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.randn(vocabulary, width) + 3 * torch.randn(width))
     hidden = torch.randn(rows, width, requires_grad=True)
-    upstream = torch.softmax(torch.randn(rows, vocabulary), dim=-1)
-    upstream[:, 7] -= 1
+    upstream = torch.softmax(4 * torch.randn(rows, vocabulary), dim=-1)
+    upstream[:, 40_000] -= 1
     (gradient,) = torch.autograd.grad(linear_in_parts(hidden, layer, lambda: None), hidden, upstream)
     exact = upstream.double() @ layer.weight.double()
-    assert (gradient - exact).norm() < 1e-5 * exact.norm()
+    assert (gradient - exact).norm() < 3e-5 * exact.norm()
