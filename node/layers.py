@@ -1,8 +1,8 @@
 """Where training stops between layers: before each linear layer's work, forward and backward.
 
 In: the blocks of a training view and what to call there. Out: nothing; no value, order or gradient changes.
-A linear layer over a microbatch is the longest piece of work that the hardware does in one go, a few
-tens of milliseconds on a CPU: whoever is served waits no longer than that for training to give way.
+Long products stop within as well where that can be done (`swarm.adapters.fused`): whoever is served waits for training
+to come to its next stop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which of two computing threads may compute: the one that serves, or the one that trains.
 
 One at a time, as one device has it. Serving comes first wherever training stops to ask (`give_way`, between
-layers of a microbatch), but training keeps its share: after a piece of serving that took d seconds it may
+layers of a microbatch), but training keeps its share: after a piece of serving that takes d seconds of late it may
 compute for d * share / (1 - share) seconds before the next, to the nearest layer, if it has anything to compute.
 So neither waits for much longer than the other has just had: with a share of one half, what is served while
 the node trains takes about twice as long, and training takes about twice as long too.

@@ -28,8 +28,8 @@ class Serving:
     def _serve(self) -> None:
         self._baton.take(Side.SERVE)
         self._clock.now_s += self._seconds
+        self.served.set()  # before: the trainer goes on with the next line
         self._baton.give()
-        self.served.set()
 
     def asks(self) -> None:
         """Until the thread waits for the baton."""
