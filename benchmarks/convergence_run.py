@@ -45,6 +45,7 @@ EVAL_EVERY = 5
 """Rounds. The last one is always scored."""
 WARMUP_STEPS = 5
 """The last of them is at the full rate."""
+_CPU = torch.device("cpu")
 _SOCKET_SHARE, _SOCKET_BYTES = 1.0025, 1536
 _LATE_WEIGHT = 0.5
 _OUTER = OuterSettings(lr=1.0, momentum=0.5)
@@ -105,13 +106,12 @@ def socket_bytes(frame_bytes: int) -> int:
 class World:
     """The frozen model and the data; shared by all cells of a process."""
 
-    def __init__(self, threads: int, dtype: torch.dtype) -> None:
+    def __init__(self, threads: int, dtype: torch.dtype, device: torch.device = _CPU) -> None:
         torch.set_num_threads(threads)
         self.checkpoint = Checkpoint.open(str(smollm2_folder()))
-        cpu = torch.device("cpu")
         self.whole = Span(0, n_blocks(self.checkpoint.config))
-        self.model = NodeModel(self.checkpoint, self.whole, dtype, cpu, Ledger(2**62))
-        self.head = Head(self.checkpoint, dtype, cpu)
+        self.model = NodeModel(self.checkpoint, self.whole, dtype, device, Ledger(2**62))
+        self.head = Head(self.checkpoint, dtype, device)
         self.train, self.held_out = _reviews()
 
 

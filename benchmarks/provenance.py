@@ -17,15 +17,21 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    import torch
+
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("torch", "transformers", "peft", "hivemind", "uvloop", "numpy", "numba")
 _PRODUCT = ("swarm", "node", "coordinator", "benchmarks")
+_COMMIT_VARIABLE = "BENCHMARK_COMMIT"
+"""Says which commit a copy without its history is of."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +73,26 @@ class Provenance:
     versions: dict[str, str]
 
 
-def provenance(threads: int) -> Provenance:
-    """Call before the work starts."""
+def provenance(threads: int, card: str = "") -> Provenance:
+    """Call before the work starts. `card`: the GPU that it computes on."""
     return Provenance(
         command=f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
-        hardware=_hardware(),
+        hardware=f"{card}, {_hardware()}" if card else _hardware(),
         load_before=round(os.getloadavg()[0], 2),
         threads=threads,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     )
+
+
+def card_name(device: torch.device) -> str:
+    """Of the GPU; empty for a CPU."""
+    if device.type == "cpu":
+        return ""
+    import torch  # not for benchmarks that use none
+
+    return torch.cuda.get_device_name(device)
 
 
 def publish(question: str, result: Mapping[str, object], origin: Provenance, json_to: str, save: bool) -> None:
@@ -109,7 +124,7 @@ def _shown(s: Spread) -> str:
 
 
 def _commit() -> str:
-    head = _git("rev-parse", "HEAD")
+    head = _git("rev-parse", "HEAD") or os.environ.get(_COMMIT_VARIABLE, "")
     return head + ("+" if head and _git("status", "--porcelain", "--", *_PRODUCT) else "") or "unknown"
 
 

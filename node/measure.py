@@ -15,6 +15,7 @@ import torch
 
 from node.loss import label_loss
 from node.stage import AdapterStage
+from swarm.compute import settle
 from swarm.model.shard import Head, View
 
 _CONTEXT = 4
@@ -90,16 +91,21 @@ def training_cost(
     The least of three runs. Nothing is trained, and nothing is charged: for when a node is otherwise idle.
     """
     blocks_s, head_s = [], []
+
+    def now_s() -> float:
+        settle(head.device)
+        return clock()
+
     for _ in range(3):
-        began = clock()
+        began = now_s()
         output = stage.forward(0, head.embed(ids_BT).detach(), input_grad=True)
-        forward_s = clock() - began
-        began = clock()
+        forward_s = now_s() - began
+        began = now_s()
         _, gradient = label_loss(head, output, ids_BT)
-        head_s.append(clock() - began)
-        began = clock()
+        head_s.append(now_s() - began)
+        began = now_s()
         stage.backward(0, gradient)
-        blocks_s.append(forward_s + clock() - began)
+        blocks_s.append(forward_s + now_s() - began)
         stage.skip()
     return min(blocks_s) / len(stage.span), min(head_s)
 
@@ -110,14 +116,9 @@ def _median_s(step: Callable[[], object], budget_s: float, device: torch.device,
     end_s = clock() + budget_s
     step()
     while not times_s or (len(times_s) < _MOST_RUNS and clock() < end_s):
-        _finish(device)
+        settle(device)
         start_s = clock()
         step()
-        _finish(device)
+        settle(device)
         times_s.append(clock() - start_s)
     return statistics.median(times_s)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -150,6 +150,12 @@ class _Lane:
             del piece  # it holds what it computed on
 
 
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it: a GPU answers before it has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def as_out_of_memory(error: Exception) -> OutOfMemory | None:
     """The typed error for what an allocator raised; None for anything else."""
     allocator_failed = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -240,7 +240,8 @@ class View:
         embeds = torch.zeros((1, 1, self._hidden_size), dtype=parameter.dtype, device=parameter.device)
         try:
             with torch.no_grad(), suppress(_Seen):
-                self.model(inputs_embeds=embeds, position_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=False)
+                positions = torch.zeros((1, 1), dtype=torch.long, device=parameter.device)
+                self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
         finally:
             handle.remove()
         return int(found[0])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from swarm.compute import settle
 from swarm.errors import OutOfMemory
 from swarm.model.kernels import int4
 from swarm.model.kernels.traits import traits
@@ -54,11 +55,11 @@ def measure(device: torch.device, dtype: torch.dtype) -> Speeds:
         for _ in range(_TURNS):
             for scheme in SCHEMES:
                 flush.sum()
-                _wait(device)
+                settle(device)
                 began = time.perf_counter()
                 for weight in weights[scheme]:
                     _multiply(input_MI, weight)
-                _wait(device)
+                settle(device)
                 took_s = (time.perf_counter() - began) / (_COUNT * _SHAPE[0] * _SHAPE[1]) * 1e9
                 best[scheme][rows] = min(took_s, best[scheme].get(rows, took_s))
     return Speeds(str(device), str(dtype).removeprefix("torch."), best)
@@ -97,8 +98,3 @@ def _multiply(input_MI: torch.Tensor, weight: torch.Tensor | QuantizedWeight) ->
     if isinstance(weight, QuantizedWeight):
         return weight.product(input_MI)
     return functional.linear(input_MI, weight)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -54,20 +54,17 @@ def pack(tensor: torch.Tensor, encoding: str, *, scaled: bool = False) -> tuple[
         meta.exponent = _exponent(tensor)
         tensor = tensor * 2.0**-meta.exponent
     if encoding == "int8":
-        values = (
-            tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, _group_size("int8", tensor.shape[-1]))
-        )
+        values = tensor.detach().float().reshape(-1, _group_size("int8", tensor.shape[-1]))
         scale = values.abs().amax(dim=-1, keepdim=True).div_(127.0)
         # A group of zeros has scale 0: divide by 1 instead, its codes are 0 all the same.
         codes = (values / torch.where(scale == 0, 1.0, scale)).round_().to(torch.int8)
-        return meta, scale.numpy().tobytes() + codes.numpy().tobytes()
+        return meta, _bytes(scale) + _bytes(codes)
     if encoding == "int4":
         return meta, _pack_int4(tensor)
     dtype = _PLAIN.get(encoding)
     if dtype is None:
         raise ProtocolError(f"unknown tensor encoding '{encoding}'")
-    plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return meta, plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return meta, _bytes(tensor.detach().to(dtype))
 
 
 def payload_size(meta: pb.TensorMeta) -> int:
@@ -88,7 +85,7 @@ def payload_size(meta: pb.TensorMeta) -> int:
 
 
 def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Decode to `dtype` on `device`.
+    """Decode to `dtype` on `device`, which computes the values.
 
     Raises ProtocolError: wrong size, unknown encoding, or values that are not finite.
     """
@@ -102,17 +99,19 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
     buffer = bytearray(payload)
     if meta.encoding == "int8":
         groups = math.prod(shape) // _group_size("int8", shape[-1])
-        scale = torch.frombuffer(buffer, dtype=torch.float32, count=groups).unsqueeze(1)
-        codes = torch.frombuffer(buffer, dtype=torch.int8, offset=4 * groups).reshape(groups, -1)
-        values = (codes.to(torch.float32) * scale).reshape(shape)
+        sent = torch.frombuffer(buffer, dtype=torch.uint8)
+        # No value is larger than this many of its scale.
+        _check_finite(128 * sent[: 4 * groups].view(torch.float32))
+        sent = sent.to(device)
+        scale, codes = sent[: 4 * groups].view(torch.float32), sent[4 * groups :].view(torch.int8)
+        values = (codes.view(groups, -1).to(torch.float32) * scale.unsqueeze(1)).reshape(shape)
     elif meta.encoding == "int4":
-        values = _unpack_int4(buffer, shape)
+        values = _unpack_int4(buffer, shape, device)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
         if meta.exponent:
             values = values.float() * 2.0**meta.exponent
-    if not is_finite(values):
-        raise ProtocolError("activations contain NaN or infinity", "route around the node that sent them")
+        _check_finite(values)
     return values.to(device=device, dtype=dtype)
 
 
@@ -130,9 +129,19 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
+def _check_finite(values: torch.Tensor) -> None:
+    if not is_finite(values):
+        raise ProtocolError("activations contain NaN or infinity", "route around the node that sent them")
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    plain = tensor.cpu().contiguous()
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
 def _pack_int4(tensor: torch.Tensor) -> bytes:
     width = tensor.shape[-1]
-    values = tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, width)
+    values = tensor.detach().float().reshape(-1, width)
     # NaN and infinity are the largest of their row: they arrive as they are, and are refused there.
     places = values.abs().topk(_apart(width), dim=-1).indices
     large = values.gather(1, places).to(torch.bfloat16)
@@ -146,23 +155,27 @@ def _pack_int4(tensor: torch.Tensor) -> bytes:
     if len(codes) % 2:
         codes = torch.cat((codes, codes.new_zeros(1)))
     halves = codes[0::2] | (codes[1::2] << 4)
-    parts = (places.to(torch.int32), large, least, step, halves)
-    return b"".join(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in parts)
+    return b"".join(map(_bytes, (places.to(torch.int32), large, least, step, halves)))
 
 
-def _unpack_int4(buffer: bytearray, shape: tuple[int, ...]) -> torch.Tensor:
-    """Raises ProtocolError for a position beyond the row."""
+def _unpack_int4(buffer: bytearray, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Raises ProtocolError for a position beyond the row, and for values that are not finite."""
     count, width, size = math.prod(shape), shape[-1], _group_size("int4", shape[-1])
     apart, groups = count // width * _apart(width), count // size
-    places = torch.frombuffer(buffer, dtype=torch.int32, count=apart).view(-1, _apart(width)).long()
-    if not 0 <= int(places.min()) <= int(places.max()) < width:
+    sent, numbers_at, codes_at = torch.frombuffer(buffer, dtype=torch.uint8), 4 * apart, 6 * apart + 4 * groups
+    least_place, last_place = torch.aminmax(sent[:numbers_at].view(torch.int32))
+    if not 0 <= int(least_place) <= int(last_place) < width:
         raise ProtocolError("activations name a place beyond their row", "route around the node that sent them")
-    numbers = torch.frombuffer(buffer, dtype=torch.bfloat16, offset=4 * apart, count=apart + 2 * groups).float()
+    sent = sent.to(device)
+    places = sent[:numbers_at].view(torch.int32).view(-1, _apart(width)).long()
+    numbers = sent[numbers_at:codes_at].view(torch.bfloat16).float()
     large, least, step = numbers[:apart], numbers[apart : apart + groups], numbers[apart + groups :]
-    halves = torch.frombuffer(buffer, dtype=torch.uint8, offset=6 * apart + 4 * groups)
+    halves = sent[codes_at:]
     codes = torch.stack((halves & 15, halves >> 4), dim=1).flatten()[:count].view(groups, size).float()
     values = torch.addcmul(least.unsqueeze(1), codes, step.unsqueeze(1)).reshape(-1, width)
-    return values.scatter_(1, places, large.view(places.shape)).reshape(shape)
+    values.scatter_(1, places, large.view(places.shape))
+    _check_finite(values)
+    return values.reshape(shape)
 
 
 def _apart(width: int) -> int:

@@ -12,12 +12,13 @@ import torch
 
 from node.loss import label_loss
 from node.main import pick_device, pick_dtype
+from node.measure import training_cost
 from node.memory import Ledger, default_budget
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from swarm.compute import Compute, Priority
 from swarm.config import JobSpec
-from swarm.errors import OutOfMemory
+from swarm.errors import OutOfMemory, ProtocolError
 from swarm.ids import Span
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.shard import Head
@@ -110,10 +111,35 @@ async def test_tokens_are_decoded_between_the_layers_of_a_training_step(smollm2:
     compute.stop()
 
 
-def test_tensors_go_to_the_wire_and_back(smollm2: Path) -> None:
-    tensor = torch.randn(2, 3, 576, device=CUDA, dtype=torch.bfloat16)
-    meta, payload = pack(tensor, "bfloat16")
-    assert torch.equal(unpack(meta, payload, torch.bfloat16, CUDA), tensor)
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "float16", "int8", "int4"])
+def test_tensors_go_to_the_wire_and_back_as_on_the_cpu(encoding: str) -> None:
+    tensor = torch.randn(2, 33, 576, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    on_cpu, on_card = pack(tensor, encoding), pack(tensor.to(CUDA), encoding)
+    assert on_card == on_cpu
+    for dtype in (torch.float32, torch.bfloat16):
+        back = unpack(*on_card, dtype, CUDA)
+        assert back.device.type == "cuda"
+        assert torch.equal(back.cpu(), unpack(*on_cpu, dtype, CPU))
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8", "int4"])
+def test_what_is_not_finite_is_refused(encoding: str) -> None:
+    tensor = torch.ones(1, 2, 64, device=CUDA)
+    tensor[0, 1, 2] = torch.nan
+    with pytest.raises(ProtocolError, match="NaN or infinity"):
+        unpack(*pack(tensor, encoding), torch.float32, CUDA)
+
+
+def test_what_training_costs_is_measured_to_the_end(smollm2: Path) -> None:
+    """A GPU answers before it has computed: without waiting, the blocks' work would count as the head's."""
+    model = node_model(smollm2, CUDA, torch.float32)
+    stage = AdapterStage(model, Span(0, 4), SPEC, Ledger(2**40), "cost")
+    stage.reset(model.adapters.initial_span(SPEC.method, 0, Span(0, 4)))
+    head = Head(model.checkpoint, torch.float32, CUDA)
+    ids = torch.randint(0, 40_000, (16, 1024), generator=torch.Generator().manual_seed(6))
+    block_s, head_s = training_cost(stage, head, ids)
+    # By their multiplications the head is 8 times as much as a block, and attention is on top of the block's.
+    assert 1 < head_s / block_s < 10
 
 
 def test_too_little_memory_is_a_typed_error(smollm2: Path) -> None:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
+from swarm.compute import settle
 from swarm.model.kernels import int4, int8
 
 _SHAPES = {"cpu": (1536, 1024), "cuda": (4096, 4096)}
@@ -145,7 +146,6 @@ def _best_s(*ways: Callable[[], torch.Tensor]) -> list[float]:
     for _ in range(_TRIALS):
         for index, way in enumerate(ways):
             began = time.perf_counter()
-            if way().is_cuda:
-                torch.cuda.synchronize()
+            settle(way().device)
             times[index] = min(times[index], time.perf_counter() - began)
     return times
