@@ -8,8 +8,12 @@ Over bfloat16 weights the thin products are bfloat16 too, where PEFT widens the 
 float32 within a product, and a microbatch's gradient is rounded before it is added to the adapter's, which stays
 float32 as the adapter and its optimizer do.
 
-In: PEFT's LoRA layers over plain linear layers in float32 or bfloat16. Out: the same layers, whose forward pass is this
-one while gradients are recorded. Without gradients, under autocast, and over quantized or other layers PEFT's own runs.
+Over quantized weights the wide product is theirs, and backward widens them once more. PEFT keeps every layer's input in
+float32 there: on a GPU a step took 1.6 times as long and twice the memory (docs/experiments.md).
+
+In: PEFT's LoRA layers over linear layers, plain or quantized, in float32 or bfloat16. Out: the same layers, whose
+forward pass is this one while gradients are recorded. Without gradients, under autocast, and over other layers PEFT's
+own runs.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ import torch
 from torch import nn
 
 from swarm.model.parted import row_parts
+from swarm.model.quantize import QuantizedLinear, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_Frozen = torch.Tensor | QuantizedWeight
+"""A weight [O, I]."""
 
 
 class _Fused(torch.autograd.Function):
@@ -30,7 +37,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight_OI: torch.Tensor,
+        frozen: _Frozen,
         bias: torch.Tensor | None,
         a_RI: Any,
         b_OR: Any,
@@ -39,28 +46,35 @@ class _Fused(torch.autograd.Function):
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         a_RI, b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        u_NR = x_NI @ a_RI.t()
-        y_NO = x_NI.new_empty((len(x_NI), len(weight_OI)))
-        for part in row_parts(x_NI, weight_OI, between):
-            if bias is None:
-                torch.mm(x_NI[part], weight_OI.t(), out=y_NO[part])
+        u_NR, b_RO, outputs = x_NI @ a_RI.t(), b_OR.t(), len(b_OR)
+        y_NO = x_NI.new_empty((len(x_NI), outputs))
+        for part in row_parts(x_NI, outputs, between):
+            x_PI, y_PO = x_NI[part], y_NO[part]
+            if isinstance(frozen, QuantizedWeight):
+                y_PO.copy_(frozen.product(x_PI))
+                if bias is not None:
+                    y_PO.add_(bias)
+            elif bias is None:
+                torch.mm(x_PI, frozen.t(), out=y_PO)
             else:
-                torch.addmm(bias, x_NI[part], weight_OI.t(), out=y_NO[part])
-            y_NO[part].addmm_(u_NR[part], b_OR.t(), alpha=scale)
-        ctx.save_for_backward(x_NI, u_NR, weight_OI, a_RI, b_OR)
-        ctx.scale, ctx.between = scale, between
+                torch.addmm(bias, x_PI, frozen.t(), out=y_PO)
+            y_PO.addmm_(u_NR[part], b_RO, alpha=scale)
+        ctx.save_for_backward(x_NI, u_NR, a_RI, b_OR)
+        ctx.frozen, ctx.scale, ctx.between = frozen, scale, between
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x_NI, u_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        x_NI, u_NR, a_RI, b_OR = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_u_NR = (grad_NO @ b_OR).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
+            frozen = ctx.frozen
+            weight_OI = frozen.dequantize(grad_NO.dtype) if isinstance(frozen, QuantizedWeight) else frozen
             grad_NI = grad_NO.new_empty((len(grad_NO), weight_OI.shape[1]))
-            for part in row_parts(grad_NO, weight_OI, ctx.between):
+            for part in row_parts(grad_NO, weight_OI.shape[1], ctx.between):
                 torch.mm(grad_NO[part], weight_OI, out=grad_NI[part]).addmm_(grad_u_NR[part], a_RI)
             grad_x = grad_NI.view(*grad.shape[:-1], -1)
         ctx.between()
@@ -75,22 +89,29 @@ def fuse(model: nn.Module, adapter: str, between: Callable[[], None] = lambda: N
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         # Subclasses that only multiply few rows another way have the same weight.
-        if not isinstance(base, nn.Linear) or "weight" not in base._parameters or base.weight.dtype not in _DTYPES:
+        if not isinstance(base, QuantizedLinear) and not (isinstance(base, nn.Linear) and "weight" in base._parameters):
             continue
-        if adapter in getattr(module, "lora_A", {}) and not module.lora_variant:
+        if _dtype(base) in _DTYPES and adapter in getattr(module, "lora_A", {}) and not module.lora_variant:
             module.forward = _forward(module, base, adapter, module.forward, between)
+
+
+def _dtype(base: nn.Linear) -> torch.dtype:
+    """What the layer computes in."""
+    return base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
 
 
 def _forward(
     module: Any, base: nn.Linear, adapter: str, plain: Callable[..., Any], between: Callable[[], None]
 ) -> Callable[..., Any]:
     a, b, scale = module.lora_A[adapter].weight, module.lora_B[adapter].weight, float(module.scaling[adapter])
+    dtype = _dtype(base)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        plainly = args or kwargs or not torch.is_grad_enabled() or x.dtype != base.weight.dtype
+        plainly = args or kwargs or not torch.is_grad_enabled() or x.dtype != dtype
         if plainly or torch.is_autocast_enabled(x.device.type):
             return cast(torch.Tensor, plain(x, *args, **kwargs))
-        fused = _Fused.apply(x, base.weight, base.bias, a, b, scale, between)  # type: ignore[no-untyped-call]
+        frozen = base.quantized if isinstance(base, QuantizedLinear) else base.weight
+        fused = _Fused.apply(x, frozen, base.bias, a, b, scale, between)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, fused)
 
     return forward

@@ -22,9 +22,9 @@ _FEW_ROWS, _FEW_ROWS_COLUMNS = 8, 1024
 gradient in float32 with an error of 1.3e-4 (docs/experiments.md). So they are summed part by part."""
 
 
-def row_parts(rows_NI: torch.Tensor, matrix: torch.Tensor, between: Callable[[], None]) -> Iterator[slice]:
-    """Rows to multiply by a matrix in one go, in order; `between` is called between them."""
-    most = _PART_PRODUCTS[rows_NI.device.type] // max(1, matrix.numel())
+def row_parts(rows_NI: torch.Tensor, outputs: int, between: Callable[[], None]) -> Iterator[slice]:
+    """Rows to multiply by a matrix of so many outputs in one go, in order; `between` is called between them."""
+    most = _PART_PRODUCTS[rows_NI.device.type] // max(1, outputs * rows_NI.shape[1])
     return _parts(len(rows_NI), max(_LEAST_ROWS, most), between)
 
 

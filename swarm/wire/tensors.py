@@ -37,6 +37,8 @@ MAX_RANK = 4
 _GROUP = {"int8": 64, "int4": 32}
 _STEPS = 15.0
 _APART = 4
+_FEW = 2**15
+"""Values. So many are computed sooner by a CPU than a GPU takes to be asked for the ten steps of it."""
 _LARGEST = 15
 """The largest value of a scaled tensor is below two to this; float16 ends at just below two to the 16."""
 _MOST_EXPONENT = 126
@@ -49,6 +51,8 @@ def pack(tensor: torch.Tensor, encoding: str, *, scaled: bool = False) -> tuple[
     scaled: with an exponent, if the encoding is float16; for gradients, where the receiver knows it.
     """
     meta = pb.TensorMeta(shape=list(tensor.shape), encoding=encoding)
+    if tensor.numel() <= _FEW:
+        tensor = tensor.cpu()
     if scaled and encoding == "float16":
         tensor = tensor.detach().float()
         meta.exponent = _exponent(tensor)
@@ -85,7 +89,7 @@ def payload_size(meta: pb.TensorMeta) -> int:
 
 
 def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Decode to `dtype` on `device`, which computes the values.
+    """Decode to `dtype` on `device`.
 
     Raises ProtocolError: wrong size, unknown encoding, or values that are not finite.
     """
@@ -97,16 +101,17 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
     shape = tuple(meta.shape)
     # A bytearray gives torch writable memory of its own; a view of `bytes` would be read-only.
     buffer = bytearray(payload)
+    where = torch.device("cpu") if math.prod(shape) <= _FEW else device
     if meta.encoding == "int8":
         groups = math.prod(shape) // _group_size("int8", shape[-1])
         sent = torch.frombuffer(buffer, dtype=torch.uint8)
         # No value is larger than this many of its scale.
         _check_finite(128 * sent[: 4 * groups].view(torch.float32))
-        sent = sent.to(device)
+        sent = sent.to(where)
         scale, codes = sent[: 4 * groups].view(torch.float32), sent[4 * groups :].view(torch.int8)
         values = (codes.view(groups, -1).to(torch.float32) * scale.unsqueeze(1)).reshape(shape)
     elif meta.encoding == "int4":
-        values = _unpack_int4(buffer, shape, device)
+        values = _unpack_int4(buffer, shape, where)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
         if meta.exponent:

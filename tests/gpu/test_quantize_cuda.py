@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from swarm.model.kernels import int4
+from swarm.model.kernels import int4, int8
 from swarm.model.kernels.traits import traits
 from swarm.model.quantize import QuantizedLinear, Scheme, quantize_weight
 from swarm.model.speed import ROWS, measure
@@ -51,6 +51,25 @@ def test_codes_come_back_from_the_kernels_order(in_features: int) -> None:
         return
     codes = torch.randint(0, 16, (192, in_features), dtype=torch.uint8, device=CUDA)
     assert torch.equal(int4.unpack(int4.pack(codes), in_features), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(576, 1536), (200, 320), (192, 576)])
+def test_widening_in_one_pass_gives_what_torch_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    can = traits(CUDA)
+    assert can.int8_widen.used or can.int8_widen.reason
+    assert can.int4_widen.used or can.int4_widen.reason
+    weight = randn(*shape).to(CUDA)
+    wide, narrow = quantize_weight(weight, "int8"), quantize_weight(weight, "int4")
+    codes = int4.unpack(narrow.codes, shape[1]) if narrow.packing == "kernel" else int4.unpack_plain(narrow.codes)
+    for found, expected in (
+        (wide.dequantize(dtype), int8.dequantize(wide.codes, wide.scales, torch.float32)),
+        (narrow.dequantize(dtype), int4.dequantize(codes[: shape[0]], narrow.scales, torch.float32)),
+    ):
+        assert found.dtype == dtype
+        assert found.shape == shape
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.float(), expected, rtol=2 * rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

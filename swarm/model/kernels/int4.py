@@ -89,7 +89,7 @@ def pack(codes_OI: torch.Tensor) -> torch.Tensor:
 def unpack(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """The inverse of `pack`: codes [O', I] uint8."""
     nibbles = _nibbles(packed).view(-1, BLOCK_ROWS * in_features)
-    return nibbles.index_select(1, _order(packed.device, in_features)).view(-1, in_features)
+    return nibbles.index_select(1, order(packed.device, in_features)).view(-1, in_features)
 
 
 def pack_plain(codes_OI: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _order(device: torch.device, in_features: int) -> torch.Tensor:
+def order(device: torch.device, in_features: int) -> torch.Tensor:
     """Where in a packed block of 64 rows each code lies, [64 * I] int64."""
     count = BLOCK_ROWS * in_features
     position = torch.arange(count, device=device)
@@ -127,6 +127,6 @@ def _order(device: torch.device, in_features: int) -> torch.Tensor:
     for shift in range(0, (count - 1).bit_length(), 4):
         digit = position.bitwise_right_shift(shift).bitwise_and_(15).to(torch.uint8)
         found += _nibbles(pack(digit.view(BLOCK_ROWS, in_features))).long() << shift
-    order = torch.empty_like(found)
-    order[found] = position
-    return order
+    places = torch.empty_like(found)
+    places[found] = position
+    return places

@@ -24,7 +24,7 @@ _FEW_ROWS = 8
 _CLOSE = 0.02
 """Of the norm of the result: seven times what rounding to bfloat16 costs."""
 _TRIALS = 9
-_REFUSALS = (RuntimeError, NotImplementedError, AttributeError)
+_REFUSALS = (RuntimeError, NotImplementedError, AttributeError, ImportError)
 _LOSS = 1.3
 """A kernel is left out when it takes this much longer than the plain way: clearly, not by noise, so that
 two runs on one machine choose alike."""
@@ -45,6 +45,9 @@ class Traits:
     int8_native: Verdict
     int8_digits: Verdict
     int4_native: Verdict
+    int8_widen: Verdict
+    int4_widen: Verdict
+    """Widening in one pass; 4 bits: from the native kernel's order."""
 
 
 def traits(device: torch.device) -> Traits:
@@ -67,6 +70,8 @@ def _traits(device_type: str, index: int | None) -> Traits:
         int8_native=_try_native(rough_MI[:1], codes_OI, scales_O),
         int8_digits=_try_digits(input_MI, codes_OI, scales_O),
         int4_native=_try_int4(rough_MI, codes_OI),
+        int8_widen=_try_int8_widen(codes_OI, scales_O),
+        int4_widen=_try_int4_widen(codes_OI),
     )
 
 
@@ -118,10 +123,7 @@ def _try_int4(rough_MI: torch.Tensor, codes_OI: torch.Tensor) -> Verdict:
     """Another order of codes or meaning of the zeros than ours would show as a result far off."""
     if not int4.has_kernel(rough_MI.device):
         return Verdict(False, "torch has no 4-bit kernel for this device")
-    group = 32
-    codes = codes_OI.to(torch.int16).bitwise_and_(15).to(torch.uint8)
-    scales_GO2 = torch.stack([codes_OI[:, ::group].float().abs() / 128 + 0.1, codes_OI[:, ::group].float() / 64], -1)
-    scales_GO2 = scales_GO2.transpose(0, 1).contiguous().to(torch.bfloat16)
+    codes, scales_GO2 = _int4_weight(codes_OI)
     try:
         packed = int4.pack(codes)
         if not torch.equal(int4.unpack(packed, codes.shape[1]), codes):
@@ -134,6 +136,47 @@ def _try_int4(rough_MI: torch.Tensor, codes_OI: torch.Tensor) -> Verdict:
         lambda: functional.linear(rough_MI.float(), weight_OI),
         must_pay=False,
     )
+
+
+def _int4_weight(codes_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unpacked codes and scales, of any values."""
+    group = 32
+    codes = codes_OI.to(torch.int16).bitwise_and_(15).to(torch.uint8)
+    scales_GO2 = torch.stack([codes_OI[:, ::group].float().abs() / 128 + 0.1, codes_OI[:, ::group].float() / 64], -1)
+    return codes, scales_GO2.transpose(0, 1).contiguous().to(torch.bfloat16)
+
+
+def _try_int8_widen(codes_OI: torch.Tensor, scales_O: torch.Tensor) -> Verdict:
+    if codes_OI.device.type != "cuda":
+        return Verdict(False, "only for GPUs")
+
+    def kernel() -> torch.Tensor:
+        from swarm.model.kernels import widen
+
+        return widen.int8(codes_OI, scales_O, torch.bfloat16)
+
+    return _try(kernel, lambda: int8.dequantize(codes_OI, scales_O, torch.bfloat16), must_pay=True)
+
+
+def _try_int4_widen(codes_OI: torch.Tensor) -> Verdict:
+    if codes_OI.device.type != "cuda" or not int4.has_kernel(codes_OI.device):
+        return Verdict(False, "only for GPUs that torch has a 4-bit kernel for")
+    codes, scales_GO2 = _int4_weight(codes_OI)
+    shape = (codes.shape[0], codes.shape[1])
+    try:
+        packed = int4.pack(codes)
+    except _REFUSALS as refusal:
+        return _refused(refusal)
+
+    def kernel() -> torch.Tensor:
+        from swarm.model.kernels import widen
+
+        return widen.int4(packed, scales_GO2, shape, torch.bfloat16)
+
+    def plain() -> torch.Tensor:
+        return int4.dequantize(int4.unpack(packed, shape[1]), scales_GO2, torch.bfloat16)
+
+    return _try(kernel, plain, must_pay=True)
 
 
 def _refused(refusal: Exception) -> Verdict:

@@ -9,11 +9,15 @@ from torch import nn
 
 from swarm.adapters.fused import fuse
 from swarm.model import parted
+from swarm.model.quantize import Scheme, quantize_weight, replace_linears
 
 
-def layer_of(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+def layer_of(*, bias: bool = False, dtype: torch.dtype = torch.float32, scheme: Scheme = "none") -> nn.Module:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(24, 40, bias=bias)).to(dtype).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(24 if scheme == "none" else 64, 40, bias=bias)).to(dtype).requires_grad_(False)
+    if scheme != "none":
+        replace_linears(model, {"0": quantize_weight(model[0].weight, scheme)}, dtype)
+        model.register_parameter("any", nn.Parameter(torch.zeros(1), requires_grad=False))  # PEFT looks for one
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, model, adapter_name="default")
     for name, parameter in model.named_parameters():
@@ -59,6 +63,46 @@ def test_parts_of_a_product_come_to_the_whole_and_stop_between(monkeypatch: pyte
     assert len(stops) == 3 + 3 + 1, "between four parts of at most 40 rows, forward and backward, and once after"
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_over_quantized_weights_outputs_and_gradients_are_pefts(scheme: Scheme, bias: bool, input_grad: bool) -> None:
+    plain, fused = layer_of(bias=bias, scheme=scheme), layer_of(bias=bias, scheme=scheme)
+    fuse(fused, "default")
+    x = torch.randn(2, 50, 64)
+    expected, found = results(plain, x, input_grad), results(fused, x, input_grad)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
+    assert "Fused" in fused(x).grad_fn.name()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_parts_over_quantized_weights_come_to_the_whole(monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
+    whole, parts = layer_of(scheme=scheme), layer_of(scheme=scheme)
+    fuse(whole, "default")
+    fuse(parts, "default")
+    x = torch.randn(3, 50, 64)
+    expected = results(whole, x)
+    monkeypatch.setattr(parted, "_LEAST_ROWS", 32)
+    monkeypatch.setitem(parted._PART_PRODUCTS, "cpu", 40 * 64 * 40)
+    found = results(parts, x)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_over_quantized_weights_inputs_are_kept_once_and_narrow(scheme: Scheme) -> None:
+    layer = layer_of(dtype=torch.bfloat16, scheme=scheme)
+    fuse(layer, "default")
+    kept: list[torch.Tensor] = []
+    x = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    wide = [tensor for tensor in kept if tensor.numel() >= x.numel()]
+    assert [(tensor.shape, tensor.dtype) for tensor in wide] == [(x.shape, torch.bfloat16)]
 
 
 def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:
