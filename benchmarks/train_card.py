@@ -2,9 +2,9 @@
 
 Blocks at the shapes of Mistral-7B with random weights, embedding and LM head (32,000 words) beside them; LoRA r 8 on
 all linear layers, AdamW, a batch of random tokens, every position labelled. PEFT holds the weights in bfloat16 and
-computes as anyone writes it; ours is what a node alone does: in bfloat16, and over weights held in 8 and 4 bits. `whole`
-takes the batch in one piece, the others in as many microbatches as a job has by default. All take turns, in another
-order every round, on the same batch; ratios are medians over the rounds of neighbours in time.
+computes as anyone writes it; ours is what a node alone does: in bfloat16, and over weights held in 8 and 4 bits.
+`whole` takes the batch in one piece, the others in as many microbatches as a job has by default. All take turns, in
+another order every round, on the same batch; ratios are medians over the rounds of neighbours in time.
 
     *_ratio    tokens a second over PEFT's
     step_gib   the most memory that a step takes above what the models take
