@@ -31,7 +31,7 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("torch", "transformers", "peft", "hivemind", "uvloop", "numpy", "numba")
 _PRODUCT = ("swarm", "node", "coordinator", "benchmarks")
 _COMMIT_VARIABLE = "BENCHMARK_COMMIT"
-"""Says which commit a copy without its history is of."""
+"""Says which commit a copy is of whose history does not."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def _shown(s: Spread) -> str:
 
 
 def _commit() -> str:
-    head = _git("rev-parse", "HEAD") or os.environ.get(_COMMIT_VARIABLE, "")
+    if told := os.environ.get(_COMMIT_VARIABLE):
+        return told
+    head = _git("rev-parse", "HEAD")
     return head + ("+" if head and _git("status", "--porcelain", "--", *_PRODUCT) else "") or "unknown"
 
 
