@@ -1,30 +1,33 @@
-"""Which ways of multiplying are right and pay on this device: tried once a process, in about 0.1 s.
+"""Which ways of multiplying are right and pay on this device: tried once a process, in about 0.1 s; on a GPU in some
+seconds the first time, when Triton compiles.
 
-A kernel that is missing, refuses, or is not close to the plain way is not used, and the answer says
-why; so a device nobody here has seen is served slowly at worst, never wrongly. Speed only decides where a
-kernel is known to be a loss on some machines, and only a clear loss counts.
+A kernel that is missing, refuses, or is not close to the plain way is not used, and the answer says why, also in the
+log; so a device nobody here has seen is served slowly at worst, never wrongly. Speed only decides where a kernel is
+known to be a loss on some machines, and only a clear loss counts.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
+import structlog
 import torch
 from torch.nn import functional
 
 from swarm.compute import settle
 from swarm.model.kernels import int4, int8
 
+log = structlog.get_logger()
 _SHAPES = {"cpu": (1536, 1024), "cuda": (4096, 4096)}
 """Large enough that the work outweighs the call."""
 _FEW_ROWS = 8
 _CLOSE = 0.02
 """Of the norm of the result: seven times what rounding to bfloat16 costs."""
 _TRIALS = 9
-_REFUSALS = (RuntimeError, NotImplementedError, AttributeError, ImportError)
+_REFUSALS = (RuntimeError, NotImplementedError, AttributeError)
 _LOSS = 1.3
 """A kernel is left out when it takes this much longer than the plain way: clearly, not by noise, so that
 two runs on one machine choose alike."""
@@ -66,20 +69,23 @@ def _traits(device_type: str, index: int | None) -> Traits:
     input_MI = torch.randn(_FEW_ROWS, shape[1], generator=generator).to(device)
     rough_MI = input_MI.to(torch.bfloat16)
 
-    return Traits(
+    found = Traits(
         int8_native=_try_native(rough_MI[:1], codes_OI, scales_O),
         int8_digits=_try_digits(input_MI, codes_OI, scales_O),
         int4_native=_try_int4(rough_MI, codes_OI),
         int8_widen=_try_int8_widen(codes_OI, scales_O),
         int4_widen=_try_int4_widen(codes_OI),
     )
+    left_out = {name: verdict["reason"] for name, verdict in asdict(found).items() if not verdict["used"]}
+    log.info("kernels", device=str(device), left_out=left_out)
+    return found
 
 
 def _try(kernel: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], *, must_pay: bool) -> Verdict:
     try:
         got, expected = kernel().float(), plain().float()
         error = float((got - expected).norm() / expected.norm())
-    except _REFUSALS as refusal:
+    except Exception as refusal:  # a compiler that is missing or fails says so in ways of its own
         return _refused(refusal)
     if not error < _CLOSE:
         return Verdict(False, f"its result is off by {error:.3g} here")
@@ -180,7 +186,8 @@ def _try_int4_widen(codes_OI: torch.Tensor) -> Verdict:
 
 
 def _refused(refusal: Exception) -> Verdict:
-    return Verdict(False, f"torch refuses it here: {(str(refusal).splitlines() or [''])[0][:200]}")
+    said = (str(refusal).splitlines() or [""])[0][:200]
+    return Verdict(False, f"it is refused here: {type(refusal).__name__}: {said}")
 
 
 def _best_s(*ways: Callable[[], torch.Tensor]) -> list[float]:
