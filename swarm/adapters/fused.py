@@ -9,7 +9,7 @@ float32 within a product, and a microbatch's gradient is rounded before it is ad
 float32 as the adapter and its optimizer do.
 
 Over quantized weights the wide product is theirs, and backward widens them once more. PEFT keeps every layer's input in
-float32 there: on a GPU a step took 1.6 times as long and twice the memory (docs/experiments.md).
+float32 there (docs/experiments.md, "On a GPU").
 
 In: PEFT's LoRA layers over linear layers, plain or quantized, in float32 or bfloat16. Out: the same layers, whose
 forward pass is this one while gradients are recorded. Without gradients, under autocast, and over other layers PEFT's
@@ -47,36 +47,40 @@ class _Fused(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         a_RI, b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
         u_NR, b_RO, outputs = x_NI @ a_RI.t(), b_OR.t(), len(b_OR)
+        if isinstance(frozen, QuantizedWeight):
+            quantized, wide_OI, kept = frozen, frozen.widened(len(x_NI), x.dtype), []
+        else:
+            quantized, wide_OI, kept = None, frozen, [frozen]
         y_NO = x_NI.new_empty((len(x_NI), outputs))
         for part in row_parts(x_NI, outputs, between):
             x_PI, y_PO = x_NI[part], y_NO[part]
-            if isinstance(frozen, QuantizedWeight):
-                y_PO.copy_(frozen.product(x_PI))
+            if wide_OI is None:
+                assert quantized is not None
+                y_PO.copy_(quantized.product(x_PI))
                 if bias is not None:
                     y_PO.add_(bias)
             elif bias is None:
-                torch.mm(x_PI, frozen.t(), out=y_PO)
+                torch.mm(x_PI, wide_OI.t(), out=y_PO)
             else:
-                torch.addmm(bias, x_PI, frozen.t(), out=y_PO)
+                torch.addmm(bias, x_PI, wide_OI.t(), out=y_PO)
             y_PO.addmm_(u_NR[part], b_RO, alpha=scale)
-        ctx.save_for_backward(x_NI, u_NR, a_RI, b_OR)
-        ctx.frozen, ctx.scale, ctx.between = frozen, scale, between
-        return y_NO.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x_NI, u_NR, a_RI, b_OR, *kept)
+        ctx.quantized, ctx.scale, ctx.between = quantized, scale, between
+        return y_NO.view(*x.shape[:-1], outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x_NI, u_NR, a_RI, b_OR = ctx.saved_tensors
+        x_NI, u_NR, a_RI, b_OR, *plain = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_u_NR = (grad_NO @ b_OR).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            frozen = ctx.frozen
-            weight_OI = frozen.dequantize(grad_NO.dtype) if isinstance(frozen, QuantizedWeight) else frozen
-            grad_NI = grad_NO.new_empty((len(grad_NO), weight_OI.shape[1]))
-            for part in row_parts(grad_NO, weight_OI.shape[1], ctx.between):
+            weight_OI, inputs = plain[0] if plain else ctx.quantized.dequantize(grad_NO.dtype), x_NI.shape[1]
+            grad_NI = grad_NO.new_empty((len(grad_NO), inputs))
+            for part in row_parts(grad_NO, inputs, ctx.between):
                 torch.mm(grad_NO[part], weight_OI, out=grad_NI[part]).addmm_(grad_u_NR[part], a_RI)
-            grad_x = grad_NI.view(*grad.shape[:-1], -1)
+            grad_x = grad_NI.view(*grad.shape[:-1], inputs)
         ctx.between()
         grad_a = (grad_u_NR.t() @ x_NI).float()
         grad_b = (grad_NO.t() @ u_NR).float().mul_(ctx.scale)

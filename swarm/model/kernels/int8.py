@@ -56,7 +56,8 @@ def native(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tenso
 
 
 def pieces(input_MI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
-    """Widen a piece of the weight into the cache, multiply while it is there. As exact as the dtype."""
+    """Widen a piece of the weight into the cache, multiply while it is there. As exact as the dtype: codes are
+    multiplied as they are, and scaled afterwards. (`widen` rounds scaled weights: 0.17% of their norm in bfloat16.)"""
     if input_MI.dtype == torch.float16:  # codes are up to 127: their products would leave float16's range
         return functional.linear(input_MI, dequantize(codes_OI, scales_O, torch.float16))
     few = input_MI.shape[0] <= _MANY_ROWS and not input_MI.is_cuda
