@@ -139,7 +139,7 @@ def main(
         world = world or World(threads, getattr(torch, dtype), where)
         result = Run(world, cell).run(lambda line: typer.echo(line, err=True))
         _FOLDER.mkdir(parents=True, exist_ok=True)
-        kept = {"cell": cell, "result": result, "origin": origin, "dtype": dtype}
+        kept = {"cell": cell, "result": result, "origin": origin, "dtype": dtype, "device": where.type}
         temporary = _path(cell).with_suffix(".tmp")
         temporary.write_text(json.dumps(kept, indent=2, default=_plain) + "\n")
         temporary.replace(_path(cell))
@@ -151,7 +151,7 @@ def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     baselines: dict[_Kind, float] = {}
     for kept in done.values():
         if kept["cell"]["ddp"]:
-            kind, loss = _kind(kept["cell"]), kept["result"]["losses"][-1]
+            kind, loss = _kind(kept), kept["result"]["losses"][-1]
             baselines[kind] = min(loss, baselines.get(kind, loss))
     rows = [_row(name, kept, baselines) for name, kept in done.items() if not kept["cell"]["ddp"]]
     summary: dict[str, Any] = {
@@ -173,19 +173,21 @@ def table(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-_Kind = tuple[int, int, str]
-"""Seed, steps of the whole run and how the rate decays: what a baseline shares with the cells it judges."""
+_Kind = tuple[int, int, str, str, str]
+"""Seed, steps of the whole run, how the rate decays, dtype, device: what a baseline shares with the cells it judges."""
 
 
-def _kind(cell: dict[str, Any]) -> _Kind:
-    # Cells from before there was a decay have none.
-    return cell["seed"], cell["rounds"] * cell["inner_steps"], cell.get("decay", "none")
+def _kind(kept: dict[str, Any]) -> _Kind:
+    cell = kept["cell"]
+    # Cells from before there was a decay, or a choice of device, have none.
+    decay, device = cell.get("decay", "none"), kept.get("device", "cpu")
+    return cell["seed"], cell["rounds"] * cell["inner_steps"], decay, kept["dtype"], device
 
 
 def _row(name: str, kept: dict[str, Any], baselines: dict[_Kind, float]) -> dict[str, Any]:
     cell, result = kept["cell"], kept["result"]
     steps = cell["rounds"] * cell["inner_steps"]
-    ddp, before, after = baselines.get(_kind(cell)), result["losses"][0], result["losses"][-1]
+    ddp, before, after = baselines.get(_kind(kept)), result["losses"][0], result["losses"][-1]
     one_way = PIPELINES * steps * result["parameters"] * 2
     return {
         "cell": name,

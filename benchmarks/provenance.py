@@ -125,7 +125,7 @@ def _shown(s: Spread) -> str:
 
 def _commit() -> str:
     if told := os.environ.get(_COMMIT_VARIABLE):
-        return told
+        return f"{told} (as told)"
     head = _git("rev-parse", "HEAD")
     return head + ("+" if head and _git("status", "--porcelain", "--", *_PRODUCT) else "") or "unknown"
 

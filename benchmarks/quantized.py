@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.provenance import Spread, provenance, publish, spread
+from swarm.logs import configure
 from swarm.model.arena import Arena
 from swarm.model.few_rows import try_few_rows, use_few_rows
 from swarm.model.quantize import GROUP, SCHEMES, QuantizedLinear, Scheme, plan_of, quantize_weight, replace_linears
@@ -50,6 +51,7 @@ def main(
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
 ) -> None:
     """Time and judge narrow weights."""
+    configure("warning", role="benchmark")  # stdout belongs to the result
     origin = provenance(threads)
     torch.set_num_threads(threads)
     folder = smollm2_folder()

@@ -40,6 +40,7 @@ from swarm.data.batch import Batch, collate
 from swarm.data.chat import EncodedSample
 from swarm.data.microbatch import split_batch
 from swarm.ids import Span
+from swarm.logs import configure
 from swarm.model.checkpoint import Checkpoint
 from swarm.model.quantize import Scheme
 from swarm.model.shard import Head
@@ -63,6 +64,7 @@ def main(
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
 ) -> None:
     """Train with plain PEFT and with a node's own code in turn, and compare."""
+    configure("warning", role="benchmark")  # stdout belongs to the result
     where = pick_device(device)
     origin = provenance(torch.get_num_threads(), card_name(where))
     with tempfile.TemporaryDirectory(prefix="swarm-card-") as folder:
@@ -86,7 +88,7 @@ def main(
         "of_floor": {name: round(floor_s / median(of), 3) for name, of in times.items()},
         "floor_s": round(floor_s, 4),
         "tflops": round(rate / 1e12),
-        "first_loss": losses,
+        "first_and_last_loss": losses,
         "blocks": blocks,
         "rows": rows,
         "tokens": tokens,
@@ -99,11 +101,12 @@ _SCHEMES: dict[str, Scheme] = {"bfloat16": "none", "int8": "int8", "int4": "int4
 
 def _measure(
     steps: dict[str, Step], rounds: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
-    """Seconds by way and round, the most memory of a step by way in GiB, and each way's first loss."""
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, list[float]]]:
+    """Seconds by way and round, the most memory of a step by way in GiB, and each way's first and last loss."""
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
-    peaks, losses = dict.fromkeys(names, 0.0), {}
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0.0)
     for turn in range(-1, rounds):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
@@ -114,14 +117,14 @@ def _measure(
             loss = steps[name]()
             settle(device)
             took_s = time.perf_counter() - began
-            if turn < 0:
-                losses[name] = round(loss, 4)  # and warms up
+            losses[name].append(round(loss, 4))
+            if turn < 0:  # warms up
                 continue
             times[name].append(took_s)
             if device.type == "cuda":
                 peak = (torch.cuda.max_memory_allocated(device) - resting) / 2**30
                 peaks[name] = max(peaks[name], round(peak, 2))
-    return times, peaks, losses
+    return times, peaks, {name: [of[0], of[-1]] for name, of in losses.items()}
 
 
 def _allocated(device: torch.device) -> int:

@@ -26,6 +26,7 @@ that a faulty node is caught at its own door.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -38,7 +39,9 @@ _GROUP = {"int8": 64, "int4": 32}
 _STEPS = 15.0
 _APART = 4
 _FEW = 2**15
-"""Values. So many are computed sooner by a CPU than a GPU takes to be asked for the ten steps of it."""
+"""Values. A CPU is done with so many before a GPU has been asked for the ten steps of it (measured for 4,096)."""
+_AT_ONCE = 2**22
+"""Values. What is made of them on the way takes up to 16 bytes each, which a card may not have for a whole prompt."""
 _LARGEST = 15
 """The largest value of a scaled tensor is below two to this; float16 ends at just below two to the 16."""
 _MOST_EXPONENT = 126
@@ -58,13 +61,9 @@ def pack(tensor: torch.Tensor, encoding: str, *, scaled: bool = False) -> tuple[
         meta.exponent = _exponent(tensor)
         tensor = tensor * 2.0**-meta.exponent
     if encoding == "int8":
-        values = tensor.detach().float().reshape(-1, _group_size("int8", tensor.shape[-1]))
-        scale = values.abs().amax(dim=-1, keepdim=True).div_(127.0)
-        # A group of zeros has scale 0: divide by 1 instead, its codes are 0 all the same.
-        codes = (values / torch.where(scale == 0, 1.0, scale)).round_().to(torch.int8)
-        return meta, _bytes(scale) + _bytes(codes)
+        return meta, _in_parts(_pack_int8, tensor.detach().reshape(-1, _group_size("int8", tensor.shape[-1])))
     if encoding == "int4":
-        return meta, _pack_int4(tensor)
+        return meta, _in_parts(_pack_int4, tensor.detach().reshape(-1, tensor.shape[-1]))
     dtype = _PLAIN.get(encoding)
     if dtype is None:
         raise ProtocolError(f"unknown tensor encoding '{encoding}'")
@@ -108,10 +107,14 @@ def unpack(meta: pb.TensorMeta, payload: bytes, dtype: torch.dtype, device: torc
         # No value is larger than this many of its scale.
         _check_finite(128 * sent[: 4 * groups].view(torch.float32))
         sent = sent.to(where)
-        scale, codes = sent[: 4 * groups].view(torch.float32), sent[4 * groups :].view(torch.int8)
-        values = (codes.view(groups, -1).to(torch.float32) * scale.unsqueeze(1)).reshape(shape)
+        scale_G, codes_GN = sent[: 4 * groups].view(torch.float32), sent[4 * groups :].view(torch.int8).view(groups, -1)
+        parts = [
+            codes_GN[part].to(torch.float32).mul_(scale_G[part].unsqueeze(1)).to(dtype)
+            for part in _parts(groups, codes_GN.shape[1])
+        ]
+        values = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
     elif meta.encoding == "int4":
-        values = _unpack_int4(buffer, shape, where)
+        values = _unpack_int4(buffer, shape, where, dtype)
     else:
         values = torch.frombuffer(buffer, dtype=_PLAIN[meta.encoding]).reshape(shape)
         if meta.exponent:
@@ -144,9 +147,26 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
-def _pack_int4(tensor: torch.Tensor) -> bytes:
-    width = tensor.shape[-1]
-    values = tensor.detach().float().reshape(-1, width)
+def _parts(rows: int, width: int) -> list[slice]:
+    """Rows that are computed at a time: an even number of them, so that the codes of a part fill their bytes."""
+    most = max(2, _AT_ONCE // width // 2 * 2)
+    return [slice(start, start + most) for start in range(0, rows, most)]
+
+
+def _in_parts(encode: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: torch.Tensor) -> bytes:
+    """What `encode` makes of all rows, each kind of it in one piece."""
+    pieces = [tuple(map(_bytes, encode(rows[part].float()))) for part in _parts(*rows.shape)]
+    return b"".join(b"".join(kind) for kind in zip(*pieces, strict=True))
+
+
+def _pack_int8(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    scale = values.abs().amax(dim=-1, keepdim=True).div_(127.0)
+    # A group of zeros has scale 0: divide by 1 instead, its codes are 0 all the same.
+    return scale, (values / torch.where(scale == 0, 1.0, scale)).round_().to(torch.int8)
+
+
+def _pack_int4(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    width = values.shape[-1]
     # NaN and infinity are the largest of their row: they arrive as they are, and are refused there.
     places = values.abs().topk(_apart(width), dim=-1).indices
     large = values.gather(1, places).to(torch.bfloat16)
@@ -159,11 +179,10 @@ def _pack_int4(tensor: torch.Tensor) -> bytes:
     codes = ((groups - least.float()) / divisor).round_().clamp_(0, _STEPS).to(torch.uint8).flatten()
     if len(codes) % 2:
         codes = torch.cat((codes, codes.new_zeros(1)))
-    halves = codes[0::2] | (codes[1::2] << 4)
-    return b"".join(map(_bytes, (places.to(torch.int32), large, least, step, halves)))
+    return places.to(torch.int32), large, least, step, codes[0::2] | (codes[1::2] << 4)
 
 
-def _unpack_int4(buffer: bytearray, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _unpack_int4(buffer: bytearray, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Raises ProtocolError for a position beyond the row, and for values that are not finite."""
     count, width, size = math.prod(shape), shape[-1], _group_size("int4", shape[-1])
     apart, groups = count // width * _apart(width), count // size
@@ -172,15 +191,20 @@ def _unpack_int4(buffer: bytearray, shape: tuple[int, ...], device: torch.device
     if not 0 <= int(least_place) <= int(last_place) < width:
         raise ProtocolError("activations name a place beyond their row", "route around the node that sent them")
     sent = sent.to(device)
-    places = sent[:numbers_at].view(torch.int32).view(-1, _apart(width)).long()
-    numbers = sent[numbers_at:codes_at].view(torch.bfloat16).float()
-    large, least, step = numbers[:apart], numbers[apart : apart + groups], numbers[apart + groups :]
-    halves = sent[codes_at:]
-    codes = torch.stack((halves & 15, halves >> 4), dim=1).flatten()[:count].view(groups, size).float()
-    values = torch.addcmul(least.unsqueeze(1), codes, step.unsqueeze(1)).reshape(-1, width)
-    values.scatter_(1, places, large.view(places.shape))
-    _check_finite(values)
-    return values.reshape(shape)
+    places_RA = sent[:numbers_at].view(torch.int32).view(-1, _apart(width))
+    numbers = sent[numbers_at:codes_at].view(torch.bfloat16)
+    large_RA = numbers[:apart].view(places_RA.shape)
+    least_RG, step_RG = (each.view(-1, width // size) for each in torch.split(numbers[apart:], groups))
+    parts = []
+    for part in _parts(count // width, width):
+        least, step = (each[part].float().reshape(-1, 1) for each in (least_RG, step_RG))
+        halves = sent[codes_at:][part.start * width // 2 : (part.stop * width + 1) // 2]
+        codes = torch.stack((halves & 15, halves >> 4), dim=1).flatten()[: len(least) * size].view(-1, size).float()
+        values = torch.addcmul(least, codes, step).reshape(-1, width)
+        values.scatter_(1, places_RA[part].long(), large_RA[part].float())
+        _check_finite(values)
+        parts.append(values.to(dtype))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
 
 
 def _apart(width: int) -> int:

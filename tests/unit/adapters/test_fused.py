@@ -82,13 +82,15 @@ def test_over_quantized_weights_outputs_and_gradients_are_pefts(scheme: Scheme, 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_parts_over_quantized_weights_come_to_the_whole(monkeypatch: pytest.MonkeyPatch, scheme: Scheme) -> None:
     whole, parts = layer_of(scheme=scheme), layer_of(scheme=scheme)
+    stops: list[bool] = []
     fuse(whole, "default")
-    fuse(parts, "default")
+    fuse(parts, "default", lambda: stops.append(torch.is_grad_enabled()))
     x = torch.randn(3, 50, 64)
     expected = results(whole, x)
     monkeypatch.setattr(parted, "_LEAST_ROWS", 32)
     monkeypatch.setitem(parted._PART_PRODUCTS, "cpu", 40 * 64 * 40)
     found = results(parts, x)
+    assert len(stops) == 3 + 3 + 1, "between four parts of at most 40 rows, forward and backward, and once after"
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4)
 
@@ -105,6 +107,16 @@ def test_over_quantized_weights_inputs_are_kept_once_and_narrow(scheme: Scheme) 
     assert [(tensor.shape, tensor.dtype) for tensor in wide] == [(x.shape, torch.bfloat16)]
 
 
+@pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_rows_come_out_as_none(scheme: Scheme, shape: tuple[int, ...]) -> None:
+    layer = layer_of(scheme=scheme)
+    fuse(layer, "default")
+    found = results(layer, torch.randn(*shape, 24 if scheme == "none" else 64))
+    assert found["y"].shape == (*shape, 40)
+    assert not any(found[name].any() for name in found if "lora" in name)
+
+
 def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:
     plain, fused = layer_of(), layer_of()
     fuse(fused, "default")
@@ -115,12 +127,17 @@ def test_without_gradients_and_under_autocast_it_is_pefts_own() -> None:
         assert torch.equal(fused(x), plain(x))
 
 
+@pytest.mark.parametrize("scheme", ["none", "int8", "int4"])
 @pytest.mark.parametrize("input_grad", [True, False])
-def test_in_bfloat16_it_errs_no_more_than_twice_as_much_as_peft(input_grad: bool) -> None:
+def test_in_bfloat16_it_errs_no_more_than_twice_as_much_as_peft(scheme: Scheme, input_grad: bool) -> None:
     narrow = torch.bfloat16
-    plain, fused, exact = layer_of(dtype=narrow), layer_of(dtype=narrow), layer_of(dtype=narrow).float()
+    plain, fused, exact = (layer_of(dtype=narrow, scheme=scheme) for _ in range(3))
+    if scheme == "none":
+        exact = exact.float()
+    else:
+        exact[0].base_layer.compute_dtype = torch.float32
     fuse(fused, "default")
-    x = torch.randn(64, 24, dtype=narrow)
+    x = torch.randn(64, 24 if scheme == "none" else 64, dtype=narrow)
     truth, expected, found = (
         results(model, of, input_grad) for model, of in ((exact, x.float()), (plain, x), (fused, x))
     )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import ProtocolError
+from swarm.wire import tensors
 from swarm.wire.tensors import pack, payload_size, unpack
 from swarm.wire.v1 import common_pb2 as pb
 
@@ -118,6 +119,17 @@ def test_any_int4_payload_gives_finite_numbers_or_is_refused(payload: bytes) -> 
     except ProtocolError:
         return
     assert bool(values.isfinite().all())
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 3, 32, 64, 96]), st.sampled_from(["int8", "int4"]))
+def test_encoding_a_few_rows_at_a_time_changes_no_bit(rows: int, width: int, encoding: str) -> None:
+    tensor = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+    whole = pack(tensor, encoding)
+    expected = unpack(*whole, torch.bfloat16, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "_AT_ONCE", 200)
+        assert pack(tensor, encoding) == whole
+        assert torch.equal(unpack(*whole, torch.bfloat16, CPU), expected)
 
 
 @pytest.mark.parametrize("place", [32, -1, 2**31 - 1])
