@@ -39,14 +39,13 @@ from benchmarks.reviews import movie_reviews
 from node.chains import ChainServer
 from node.hop_train import TrainStage
 from node.lead import microbatches
-from node.main import DTYPES
 from node.measure import training_cost
 from node.memory import Ledger, use_one_arena
 from node.serving import NodeModel
 from node.stage import AdapterStage
 from node.step import StepDriver
 from swarm.adapters.registry import WEIGHTS_FILE, ModelAdapters
-from swarm.compute import Compute, Priority, settle
+from swarm.compute import Compute, Priority
 from swarm.config import DataSettings, JobSpec, Schedule
 from swarm.data.batch import Batch, collate
 from swarm.data.chat import EncodedSample, encode_sample
@@ -64,6 +63,7 @@ from swarm.samples import movie_sentences, review_chat, smollm2_folder
 from swarm.wire.v1 import chain_pb2 as pb
 
 WHOLE = Span(0, 30)
+_CPU = torch.device("cpu")
 _BUDGET_BYTES = 1 << 40
 _REVIEWS_FROM = 40
 """Earlier ones are for other benchmarks."""
@@ -76,23 +76,11 @@ class Settings:
     """all: every token of a review; answers: the one-word answers of chats about sentences."""
     microbatches: int
     """Of the pipeline; 0: as a job's default."""
-    batch_size: int = 8
-    device: str = "cpu"
-    dtype: str = "float32"
-    """Of the frozen weights."""
-
-    @property
-    def where(self) -> torch.device:
-        return torch.device(self.device)
-
-    @property
-    def kind(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     def spec(self) -> JobSpec:
-        """LoRA r 8 on every linear layer, AdamW: a job's defaults."""
+        """LoRA r 8 on every linear layer, AdamW, batches of 8: a job's defaults."""
         parts = self.microbatches or "auto"
-        schedule = Schedule.model_validate({"batch_size": self.batch_size, "microbatches": parts})
+        schedule = Schedule.model_validate({"batch_size": 8, "microbatches": parts})
         return JobSpec(name="benchmark", data=DataSettings(train=Path("reviews.jsonl")), schedule=schedule)
 
 
@@ -117,16 +105,12 @@ async def take_steps(
     batches = [batch(tokenizer, settings, number) for number in range(first, first + int(request["steps"]))]
     began = time.perf_counter()
     losses = [await step(b) for b in batches]
-    settle(settings.where)
     took_s = time.perf_counter() - began
-    tokens, peak = sum(b.tokens for b in batches), peak_bytes(settings.where)
-    return {"losses": losses, "seconds": took_s, "tokens": tokens, "peak_bytes": peak}
+    return {"losses": losses, "seconds": took_s, "tokens": sum(b.tokens for b in batches), "peak_bytes": peak_bytes()}
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: of the card's if it computes there, which no import takes any of."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -137,7 +121,7 @@ async def local(settings: Settings, bare_bytes: int) -> None:
     spec = settings.spec()
     checkpoint = Checkpoint.open(str(smollm2_folder()))
     tokenizer, adapters = checkpoint.tokenizer(), ModelAdapters(checkpoint)
-    base = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=settings.kind).to(settings.where)
+    base = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=spec.method.r, lora_alpha=spec.method.alpha, target_modules="all-linear"
     )
@@ -154,8 +138,7 @@ async def local(settings: Settings, bare_bytes: int) -> None:
     async def step(b: Batch) -> float:
         lengths_B1 = torch.tensor(b.lengths).unsqueeze(1)
         mask_BT = (torch.arange(b.input_ids_BT.shape[1]) < lengths_B1).long()
-        ids_BT, mask_BT, labels_BT = (each.to(settings.where) for each in (b.input_ids_BT, mask_BT, b.labels_BT))
-        output = model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT)
+        output = model(input_ids=b.input_ids_BT, attention_mask=mask_BT, labels=b.labels_BT)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,7 +159,7 @@ class Node:
         self.settings, self.spec, self.span = settings, settings.spec(), span
         self.checkpoint = Checkpoint.open(str(smollm2_folder()))
         self.tokenizer = self.checkpoint.tokenizer()
-        self.model = NodeModel(self.checkpoint, span, settings.kind, settings.where, ledger)
+        self.model = NodeModel(self.checkpoint, span, torch.float32, _CPU, ledger)
         self.stage = AdapterStage(self.model, span, self.spec, ledger, "benchmark")
         self.stage.reset(self.model.adapters.initial_span(self.spec.method, self.spec.schedule.seed, span))
         self.ledger = ledger
@@ -204,7 +187,7 @@ class Node:
         self.compute.stop()
 
     def head(self) -> Head:
-        return Head(self.checkpoint, self.settings.kind, self.settings.where)
+        return Head(self.checkpoint, torch.float32, _CPU)
 
 
 async def alone(settings: Settings, bare_bytes: int) -> None:
@@ -311,17 +294,17 @@ async def stage(settings: Settings, bare_bytes: int, span: Span, folder: Path) -
         await server.start()
 
         async def memory(_: Json) -> Json:
-            return {"peak_bytes": peak_bytes(settings.where)}
+            return {"peak_bytes": peak_bytes()}
 
         await answer(memory, peer=peer.peer_id, addrs=peer.addrs, bare_bytes=bare_bytes)
         node.compute.stop()
 
 
 def main() -> None:
+    bare_bytes = int(psutil.Process().memory_info().rss)
     side, text, *rest = sys.argv[1:]
     configure("info", role=side)  # stdout belongs to the answers
     settings = Settings(**json.loads(text))
-    bare_bytes = int(psutil.Process().memory_info().rss) if settings.where.type == "cpu" else 0
     torch.set_num_threads(settings.threads)
     if side == "local":
         asyncio.run(local(settings, bare_bytes))

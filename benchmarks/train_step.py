@@ -8,9 +8,6 @@ cut follows from what a block and the head were measured to take. `memory_ratio`
 memory over PEFT's, both above what their interpreter with the same imports takes. The three take turns, in
 another order every round, with the same batches; ratios are medians over the rounds of neighbours in time.
 
-On a GPU (`--device cuda`) all run on the one card, so `pipeline_speedup` says only what cutting a model costs there,
-and memory is the card's.
-
 The warm-up round sends the pipeline's activations as float32: there, and alone always, the losses of the
 swarm must be the local ones up to rounding, and the exit status is 1 if they are not. The rounds
 that count send them as jobs do unless told (`--activations`); `loss_gap` is the largest relative
@@ -26,19 +23,18 @@ import json
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from benchmarks.processes import Side, cpu_seconds, sent_bytes
-from benchmarks.provenance import card_name, provenance, publish, spread
+from benchmarks.provenance import provenance, publish, spread
 from benchmarks.train_sides import WHOLE
-from node.main import pick_device
 from swarm.net.split import choose_cuts
 
 WAYS = ("local", "alone", "pipeline")
-ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Relative difference of two losses that were summed in another order, by the dtype of the weights."""
+ROUNDING = 1e-4
+"""Relative difference of two losses that were summed in another order."""
 
 
 def main(
@@ -47,28 +43,16 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Of torch, in every process.")] = 1,
     activations: Annotated[str, typer.Option(help="How they cross the pipeline's link.")] = "int8",
     labels: Annotated[str, typer.Option(help="all, or answers: of chats, whose prompts carry no loss.")] = "all",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the frozen weights.")] = "float32",
     microbatches: Annotated[int, typer.Option(min=0, help="Of the pipeline; 0: as a job has by default.")] = 0,
     json_to: Annotated[str, typer.Option("--json", help="Write the result to this file; -: to stdout.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Keep the result in benchmarks/results.")] = False,
 ) -> None:
     """Train with the swarm and with plain PEFT in turn, and compare."""
-    origin = provenance(threads, card_name(pick_device(device)))
+    origin = provenance(threads)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-train-")))
 
-        settings = json.dumps(
-            {
-                "threads": threads,
-                "labels": labels,
-                "microbatches": microbatches,
-                "batch_size": batch_size,
-                "device": device,
-                "dtype": dtype,
-            }
-        )
+        settings = json.dumps({"threads": threads, "labels": labels, "microbatches": microbatches})
 
         def start(side: str, environment: dict[str, str], *more: str) -> Side:
             return Side(stack, side, ["benchmarks.train_sides", side, settings, *more], folder, environment)
@@ -82,18 +66,14 @@ def main(
         lead = start("lead", passive, str(front), str(folder), json.dumps(stage.hear()))
         for side in (local, lead):
             side.hear()
-        sides = {"local": [local], "alone": [alone], "pipeline": [lead, stage]}
-        result = _measure(sides, rounds, steps, activations, ROUNDING[dtype])
+        result = _measure({"local": [local], "alone": [alone], "pipeline": [lead, stage]}, rounds, steps, activations)
         split = {"lead_blocks": str(front), "stage_blocks": str(rest), "head_blocks": round(head_blocks, 2)}
-    question = "train_step" if device == "cpu" else "train_step_gpu"
-    publish(question, {**result, **split, "labels": labels, "dtype": dtype}, origin, json_to, save)
+    publish("train_step", {**result, **split, "labels": labels}, origin, json_to, save)
     if not result["losses_agree"]:
         raise typer.Exit(1)
 
 
-def _measure(
-    sides: dict[str, list[Side]], rounds: int, steps: int, activations: str, rounding: float
-) -> dict[str, object]:
+def _measure(sides: dict[str, list[Side]], rounds: int, steps: int, activations: str) -> dict[str, object]:
     """Let each way's first side train, round by round; all of a way's sides count as its cost."""
     families = {way: [process for side in members for process in side.family()] for way, members in sides.items()}
     step_s: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -135,7 +115,7 @@ def _measure(
         "pipeline_spread": ratios["pipeline"],
         "peak_mib": {name: round(size / 2**20) for name, size in peaks.items()},
         "microbatches": parts,
-        "losses_agree": max(gaps["alone"] + gaps["pipeline"][:steps]) <= rounding,
+        "losses_agree": max(gaps["alone"] + gaps["pipeline"][:steps]) <= ROUNDING,
         "activations": activations,
         "loss_gap": {way: float(f"{max(gap[steps:]):.2g}") for way, gap in gaps.items()},
         "last_loss": {way: round(losses[way][-1], 5) for way in WAYS},

@@ -38,7 +38,7 @@ _FEW_ROWS_CPU = 12
 """With more rows torch's integer product is faster than our kernel."""
 _NATIVE_ROWS_CUDA = {"int8": 8, "int4": 64}
 """With more rows the other ways are faster: on an H100 the 4-bit kernel takes 0.29 ms for 64 rows times 14,336 x 4,096,
-widening 0.21 and the product in bfloat16 0.065; int8's, with one thread an output, lost there to every other way."""
+widening 0.21 and the product in bfloat16 0.065; int8's, with one thread an output, lost there for a single row."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,13 @@ class QuantizedWeight:
 
     def widened(self, rows: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The weight [O, I] that a product of so many rows multiplies by; None: it multiplies codes."""
-        can, on_card = traits(self.codes.device), self.codes.is_cuda
-        few = on_card and rows <= _NATIVE_ROWS_CUDA[self.scheme]
-        if self.scheme == "int8":
-            by_codes = not can.int8_widen.used or (few and can.int8_native.used)
-        else:
-            by_codes = self.packing == "kernel" and (few or not on_card)
+        by_codes = self.scheme == "int8" or self.packing == "kernel"
+        if by_codes and self.codes.is_cuda:
+            few, can = rows <= _NATIVE_ROWS_CUDA[self.scheme], traits(self.codes.device)
+            if self.scheme == "int8":
+                by_codes = not can.int8_widen.used or (few and can.int8_native.used)
+            else:
+                by_codes = few
         return None if by_codes else self.dequantize(dtype)
 
 
