@@ -31,7 +31,7 @@ def test_signature_binds_signer_and_message() -> None:
     for peer, message, signed in [
         (other.peer_id, b"message", signature),
         (one.peer_id, b"another", signature),
-        (one.peer_id, b"message", signature[:-1] + b"\x00"),
+        (one.peer_id, b"message", signature[:-1] + bytes([signature[-1] ^ 1])),
         (one.peer_id, b"message", b""),
         ("12D3KooW0OIl", b"message", signature),
         ("QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", b"message", signature),
