@@ -54,8 +54,8 @@ PIPELINES = 3
 INNER_STEPS, BATCH, TOKENS = 2, 2, 64
 _ROUND_SAMPLES = PIPELINES * INNER_STEPS * BATCH
 _HELD_OUT, _TRAIN = range(300, 350), range(350, 1350)
-"""Numbers of reviews; earlier ones are for other benchmarks. More than a run reads once: where a sample comes again, held-out
-loss moves by 1% within three rounds, faults or not."""
+"""Numbers of reviews; earlier ones are for other benchmarks. More than a run reads: where samples came a third time,
+held-out loss rose by 1% within three rounds, faults or not."""
 _JOB = f"""\
 name: soak
 data: {{train: train.txt}}
