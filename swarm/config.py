@@ -97,7 +97,7 @@ class InnerSettings(Settings):
     """Largest norm of a step's gradient, over the adapters of all blocks together; unset: any."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """What the learning rate does after the warm-up, down to zero at the job's last inner step."""
-    start: Literal["reference", "own"] = "reference"
+    start: Literal["reference", "own"] = "own"
     """What a node's inner steps of a round start from: the reference parameters, or those with what this node could
     not send yet (its residual) still in them."""
 
@@ -125,11 +125,12 @@ class EarlyStopping(Settings):
 class OuterSettings(Settings):
     """The coordinator's SGD on the averaged pseudo-gradient (DiLoCo, Douillard et al., 2023).
 
-    The paper's 0.7/0.9 is wrong for adapters under error feedback; 1.0/0.5 was measured best.
+    The paper's 0.7/0.9 is wrong for adapters under error feedback. Momentum of 0.5 helps where every value is sent, and
+    hurts where few are: they are averaged over those who sent them only (docs/experiments.md, "Defaults of a job").
     """
 
     lr: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = True
     weights: Literal["tokens", "equal"] = "tokens"
     """What a pipeline's share in the average follows: the labelled tokens it trained on, or nothing."""
@@ -166,7 +167,7 @@ class JobSpec(Settings):
     inner: InnerSettings = InnerSettings()
     outer: OuterSettings = OuterSettings()
     uplink: CodecSettings = CodecSettings()
-    downlink: CodecSettings = CodecSettings(density=0.125, decay=1.0)
+    downlink: CodecSettings = CodecSettings(density=0.125, bits=4, decay=1.0)
     eval: EvalSettings | None = None
     early_stopping: EarlyStopping | None = None
     activations: ActivationEncoding = "int8"

@@ -16,7 +16,7 @@ def write(path: Path, text: str) -> Path:
 def test_the_smallest_file_and_its_defaults(tmp_path: Path) -> None:
     spec = load_job(write(tmp_path, "name: a\ndata: {train: d.jsonl}\n"))
     assert spec.data.train == tmp_path / "d.jsonl"
-    assert (spec.outer.lr, spec.outer.momentum) == (1.0, 0.5)
+    assert (spec.inner.start, spec.outer.lr, spec.outer.momentum) == ("own", 1.0, 0.0)
     assert job_from_json(spec.model_dump_json()) == spec
 
 

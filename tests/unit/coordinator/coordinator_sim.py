@@ -119,6 +119,7 @@ def job_spec(**changes: object) -> str:
         "data": {"train": "train.jsonl"},
         "method": {"r": 4},
         "schedule": {"rounds": 2, "inner_steps": 3, "batch_size": 2, "max_length": 16, "min_pipelines": 2},
+        "outer": {"momentum": 0.5},
         "uplink": {"density": 0.25, "chunk": 64},
         "downlink": {"density": 0.5, "chunk": 64, "decay": 1.0},
     }
