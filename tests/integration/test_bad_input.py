@@ -173,7 +173,7 @@ def places(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def write_models(root: Path, model: Path) -> None:
     """Folders that look like the model, each wrong in one way."""
     for name in ("other-config", "bad-config", "no-plan", "other-weights", "other-tokenizer", "cut-off"):
-        shutil.copytree(model, root / name, copy_function=os.link)
+        shutil.copytree(model, root / name, copy_function=os.symlink)
     config = json.loads((model / "config.json").read_text())
     replace_file(
         root / "other-config" / "config.json", json.dumps({**config, "max_position_embeddings": 4096}).encode()
