@@ -54,7 +54,7 @@ PIPELINES = 3
 INNER_STEPS, BATCH, TOKENS = 2, 2, 64
 _ROUND_SAMPLES = PIPELINES * INNER_STEPS * BATCH
 _HELD_OUT, _TRAIN = range(300, 350), range(350, 1350)
-"""Numbers of reviews; earlier ones are for other benchmarks. More than a run reads: where samples came a third time,
+"""Numbers of reviews. More to train on than a run reads: where samples came a third time,
 held-out loss rose by 1% within three rounds, faults or not."""
 _JOB = f"""\
 name: soak
